@@ -1,0 +1,262 @@
+"""Pranam against the same optimizer alone, on Schwefel and Ackley in 30 dimensions.
+
+    python examples/quickstart.py                     # one table, under a minute
+    python examples/quickstart.py --plot quickstart.png
+
+Every method gets the same functions (flipped and shifted at random), the same initial
+replicas, the same gradient evaluations, and its best learning rate of one grid, chosen
+on other seeds than those of the table.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import pranam_optax
+from pranam_optax import problems
+
+# Learning rates as parts of the box's half-width.
+LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+class Setting(NamedTuple):
+    """What all methods share."""
+
+    dim: int = 30
+    num_replicas: int = 64
+    num_steps: int = 1000
+    spread: float = 0.4
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    tuning_seeds: range = range(2)
+    report_seeds: range = range(100, 110)
+
+
+class Result(NamedTuple):
+    """One method on one problem: an entry per report seed."""
+
+    learning_rate: float
+    mean: np.ndarray
+    best: np.ndarray
+    curves: np.ndarray
+    seconds: float
+
+
+def make_problems(dim: int) -> dict[str, problems.Problem]:
+    return {
+        "Schwefel": problems.bound(problems.schwefel(dim)),
+        "Ackley": problems.ackley(dim),
+    }
+
+
+def make_methods(num_steps: int) -> dict[str, optax.GradientTransformation]:
+    """What stands before Adam."""
+    release = optax.linear_schedule(1.0, 0.0, num_steps)
+    return {
+        "Adam": optax.identity(),
+        "Adam, normalised gradients": pranam_optax.pranam(coupling=0.0),
+        "pranam + Adam": pranam_optax.pranam(coupling=release),
+    }
+
+
+def make_run(
+    problem: problems.Problem, link: optax.GradientTransformation, setting: Setting
+) -> Callable[[jax.Array, float], Any]:
+    """A jitted training run: (key, learning rate) to final losses, curves, paths."""
+
+    @jax.jit
+    def run(key: jax.Array, learning_rate: jax.Array) -> Any:
+        instance_key, replica_key = jax.random.split(key)
+        instance = problems.randomize(problem, instance_key, spread=setting.spread)
+        params = pranam_optax.replicate(
+            instance.init, replica_key, setting.num_replicas
+        )
+        schedule = optax.cosine_decay_schedule(learning_rate, setting.num_steps)
+        tx = optax.chain(link, optax.adam(schedule))
+        grad_fn = pranam_optax.replica_value_and_grad(instance.fun)
+
+        def step(carry: Any, _: None) -> Any:
+            params, state = carry
+            values, grads = grad_fn(params)
+            updates, state = tx.update(grads, state, params)
+            # Paths are only drawn in 2-D; elsewhere the compiler drops them.
+            return (optax.apply_updates(params, updates), state), (values, params)
+
+        (params, _), (values, paths) = jax.lax.scan(
+            step, (params, tx.init(params)), None, setting.num_steps
+        )
+        return jax.vmap(instance.fun)(params), values, paths[:, :, :2]
+
+    half_width = float(problem.high[0] - problem.low[0]) / 2
+    return lambda key, rate: run(key, rate * half_width)
+
+
+def compare(
+    problem: problems.Problem,
+    link: optax.GradientTransformation,
+    setting: Setting,
+    progress: tqdm,
+) -> Result:
+    """Tunes the learning rate, then runs the report seeds."""
+    run = make_run(problem, link, setting)
+
+    def timed(seed: int, rate: float) -> tuple[np.ndarray, np.ndarray, float]:
+        start = time.perf_counter()
+        values, curves, _ = jax.block_until_ready(run(jax.random.key(seed), rate))
+        seconds = time.perf_counter() - start
+        progress.update()
+        return np.asarray(values), np.asarray(curves), seconds
+
+    scores = {
+        rate: np.mean([timed(seed, rate)[0].mean() for seed in setting.tuning_seeds])
+        for rate in setting.learning_rates
+    }
+    rate = min(scores, key=lambda rate: np.nan_to_num(scores[rate], nan=np.inf))
+    values, curves, seconds = zip(
+        *(timed(seed, rate) for seed in setting.report_seeds), strict=True
+    )
+    return Result(
+        learning_rate=rate,
+        mean=np.mean(values, axis=1) - problem.minimum,
+        best=np.min(values, axis=1) - problem.minimum,
+        curves=np.stack(curves) - problem.minimum,
+        seconds=float(np.median(seconds)),
+    )
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over seeds."""
+    samples = np.random.default_rng(0).choice(values, (10_000, len(values)))
+    low, high = np.quantile(samples.mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def table(results: dict[str, dict[str, Result]]) -> str:
+    lines = [
+        "| problem | method | rate | mean over replicas (95 % interval) "
+        "| best replica | solved | time per run |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for problem, methods in results.items():
+        for method, r in methods.items():
+            low, high = interval(r.mean)
+            solved = f"{np.sum(r.best < 1)} of {len(r.best)}"
+            lines.append(
+                f"| {problem} | {method} | {r.learning_rate:g} "
+                f"| {r.mean.mean():.3g} ({low:.3g} to {high:.3g}) "
+                f"| {r.best.mean():.3g} | {solved} | {r.seconds:.2f} s |"
+            )
+    return "\n".join(lines)
+
+
+def plot(file: str, results: dict[str, dict[str, Result]], setting: Setting) -> None:
+    """Loss curves, and the replicas' paths over the landscape in 2-D."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        2, 3, figsize=(13, 8), layout="constrained", width_ratios=(1.2, 1, 1)
+    )
+    colors = ("tab:gray", "tab:orange", "tab:blue")
+    for row, (name, methods) in zip(axes, results.items(), strict=True):
+        for (method, result), color in zip(methods.items(), colors, strict=True):
+            mean = result.curves.mean(axis=(0, 2))
+            best = result.curves.min(axis=2).mean(axis=0)
+            row[0].semilogy(mean, color=color, label=method)
+            row[0].semilogy(best, color=color, ls=":")
+        row[0].set(
+            title=f"{name} in {setting.dim}-D: mean and best (dotted) replica",
+            xlabel="step",
+            ylabel="loss above the minimum",
+        )
+        row[0].legend()
+
+        problem = make_problems(2)[name]
+        small = setting._replace(dim=2, num_replicas=16, num_steps=300)
+        key = jax.random.key(0)
+        instance = problems.randomize(
+            problem, jax.random.split(key)[0], spread=setting.spread
+        )
+        grid = np.linspace(instance.low[0], instance.high[0], 300)
+        xy = jnp.stack(jnp.meshgrid(grid, grid), axis=-1)
+        height = jax.vmap(jax.vmap(instance.fun))(xy)
+        links = make_methods(small.num_steps)
+        for ax, method in zip(row[1:], ("Adam", "pranam + Adam"), strict=True):
+            run = make_run(problem, links[method], small)
+            rate = {"Adam": 0.03, "pranam + Adam": 0.1}[method]
+            values, _, paths = run(key, rate)
+            ax.contourf(grid, grid, height, levels=30, cmap="Greys_r")
+            ax.plot(paths[..., 0], paths[..., 1], lw=0.8)
+            ax.plot(*paths[-1].T, "o", color="tab:red", ms=5)
+            ax.plot(*instance.minimizer, "*", color="gold", ms=14, mec="black")
+            ax.set(
+                title=f"{method}, 2-D: mean {values.mean():.2g}",
+                xlim=(grid[0], grid[-1]),
+                ylim=(grid[0], grid[-1]),
+                aspect="equal",
+            )
+    figure.savefig(file, dpi=110)
+    print(f"wrote {file}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--plot", metavar="FILE", help="draw curves and 2-D paths")
+    parser.add_argument(
+        "--spread",
+        type=float,
+        default=Setting().spread,
+        help="part of the box, about its centre, that the minimiser is drawn from",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps and seeds, to try the code"
+    )
+    args = parser.parse_args()
+
+    setting = Setting(spread=args.spread)
+    if args.quick:
+        setting = setting._replace(
+            num_steps=200,
+            learning_rates=(0.03, 0.3),
+            tuning_seeds=range(1),
+            report_seeds=range(100, 102),
+        )
+    methods = make_methods(setting.num_steps)
+    per_method = len(setting.report_seeds) + len(setting.tuning_seeds) * len(
+        setting.learning_rates
+    )
+    pairs = make_problems(setting.dim)
+    start = time.perf_counter()
+    results: dict[str, dict[str, Result]] = {}
+    with tqdm(total=len(pairs) * len(methods) * per_method, unit="run") as progress:
+        for name, problem in pairs.items():
+            results[name] = {}
+            for method, link in methods.items():
+                progress.set_description(f"{name}, {method}")
+                results[name][method] = compare(problem, link, setting, progress)
+
+    print(
+        f"{setting.dim}-D, {setting.num_replicas} replicas, {setting.num_steps} steps; "
+        "loss above the minimum, means over "
+        f"{len(setting.report_seeds)} seeds;\nrate: learning rate over half the box's "
+        "width; solved: best replica within 1 of the minimum.\n"
+    )
+    print(table(results))
+    for name, result in results.items():
+        ratio = result["Adam"].mean.mean() / result["pranam + Adam"].mean.mean()
+        print(f"\n{name}: the mean over replicas is {ratio:.3g} times lower.")
+    print(f"\nTotal time: {time.perf_counter() - start:.0f} s")
+    if args.plot:
+        plot(args.plot, results, setting)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Pranam: replicas of a model, trained through a shared embedding."""
+
+from pranam_optax import problems as problems
+from pranam_optax._embedding import Embedding as Embedding
+from pranam_optax._embedding import embedding_output as embedding_output
+from pranam_optax._embedding import mlp_embedding as mlp_embedding
+from pranam_optax._pranam import PranamState as PranamState
+from pranam_optax._pranam import pranam as pranam
+from pranam_optax._replicas import best_replica as best_replica
+from pranam_optax._replicas import replica_value_and_grad as replica_value_and_grad
+from pranam_optax._replicas import replicate as replicate
+from pranam_optax._replicas import select_replica as select_replica
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Embedding",
+    "PranamState",
+    "best_replica",
+    "embedding_output",
+    "mlp_embedding",
+    "pranam",
+    "problems",
+    "replica_value_and_grad",
+    "replicate",
+    "select_replica",
+]

@@ -1,0 +1,442 @@
+"""Embeddings: the input-less networks that the replicas are tied to."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pranam_optax._replicas import (
+    PyTree,
+    broadcast_to_leaf,
+    check_replicas,
+    largest_magnitudes,
+    leaf_dtype,
+    mask_replicas,
+)
+
+Activation = Callable[[jax.Array], jax.Array]
+
+# Projection steps of a "fit" that has no closed form.
+_FIT_STEPS = 200
+
+
+class Embedding(NamedTuple):
+    r"""An input-less network: a pair of pure functions.
+
+    Attributes:
+      init: `init(key, params) -> phi`, the embedding's parameters for these stacked
+        params, warm-started from them if it likes.
+      apply: `apply(phi)`, the output :math:`f(\phi)`: a pytree like the stacked
+        params. Equal embeddings should have equal (`==`) functions, since `apply` is
+        part of the optimizer state's tree structure.
+    """
+
+    init: Callable[[jax.Array, PyTree], PyTree]
+    apply: Callable[[PyTree], PyTree]
+
+
+class Dense(NamedTuple):
+    """A layer of the trunk: `kernel` is `[in, out]`, `bias` is `[out]` or None."""
+
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+class MLPParams(NamedTuple):
+    """Parameters of `mlp_embedding`.
+
+    Attributes:
+      table: `[R, K]`, one code per replica.
+      trunk: the dense layers between table and heads.
+      heads: like one model's params with a leading axis of length H.
+      bias: like one model's params, or None.
+      scale: factor of the output: a constant scalar (`warmup="rescale"`), or learned
+        and like one model's params (`warmup="adapter"`), else None.
+      shift: like one model's params, added to the scaled output
+        (`warmup="adapter"`), else None.
+    """
+
+    table: jax.Array
+    trunk: tuple[Dense, ...]
+    heads: PyTree
+    bias: PyTree | None
+    scale: PyTree | None
+    shift: PyTree | None
+
+
+def compute_dtype(*leaves: Any) -> jnp.dtype:
+    """The dtype of the embedding and of every norm: float64 if a leaf is, else float32.
+
+    Independent of the promotion mode, which may be strict.
+    """
+    wide = any(leaf_dtype(x) == jnp.float64 for x in leaves)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def _matmul(features: jax.Array, kernel: jax.Array) -> jax.Array:
+    # The pull W - f(phi) is a small difference of large numbers, which the reduced
+    # precision that accelerators use by default would drown.
+    return jnp.tensordot(
+        features.astype(kernel.dtype),
+        kernel,
+        axes=1,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _MLP:
+    """`apply` of `mlp_embedding`; compares equal for equal activations."""
+
+    activations: tuple[Activation, ...]
+    output_activation: Activation | None
+
+    def __call__(self, phi: MLPParams) -> PyTree:
+        features = phi.table
+        for layer, activation in zip(phi.trunk, self.activations, strict=True):
+            features = _matmul(features, layer.kernel)
+            if layer.bias is not None:
+                features = features + layer.bias[None]
+            features = activation(features)
+        output = jax.tree.map(lambda head: _matmul(features, head), phi.heads)
+        if phi.bias is not None:
+            output = jax.tree.map(lambda x, b: x + b[None], output, phi.bias)
+        if self.output_activation is not None:
+            output = jax.tree.map(self.output_activation, output)
+        if phi.shift is not None:
+            output = jax.tree.map(
+                lambda x, a, b: x * a[None] + b[None], output, phi.scale, phi.shift
+            )
+        elif phi.scale is not None:
+            scale = jax.lax.stop_gradient(phi.scale)
+            output = jax.tree.map(lambda x: x * scale.astype(x.dtype), output)
+        return output
+
+
+def mlp_embedding(
+    features: Sequence[int] = (4,),
+    *,
+    activation: Activation = jax.nn.relu,
+    output_activation: Activation | None = None,
+    use_bias: bool = True,
+    kernel_init: jax.nn.initializers.Initializer | None = None,
+    warmup: Literal["fit", "rescale", "adapter", "none"] = "fit",
+) -> Embedding:
+    r"""The embedding: a multilayer perceptron whose input is the replica's index.
+
+    With a table :math:`Z` of one code per replica, replica r's weights are
+
+    .. math::
+      h_0 = Z_r, \quad h_i = a(h_{i-1} A_i + b_i), \quad
+      f(\phi)_r = o(h_d B + \beta)
+
+    where the trunk :math:`A_i, b_i` is shared by all replicas and the heads
+    :math:`B` and bias :math:`\beta` are pytrees like one model's params, B with a
+    leading axis of length `features[-1]`. With a single feature size the trunk is
+    the identity and the replicas lie on a K-dimensional plane through
+    :math:`\beta`.
+
+    Args:
+      features: `features[0]` is the width K of the table, the others are the widths
+        of the trunk's dense layers.
+      activation: activation :math:`a` of the trunk's layers.
+      output_activation: activation :math:`o` of the output, such as `jnp.tanh` or
+        `jax.nn.soft_sign`; None for a linear output.
+      use_bias: whether trunk and output have biases.
+      kernel_init: draws the kernels, of shape `[in, out]`, of trunk and heads (a leaf
+        of one model's params has `out` entries). Default: `lecun_normal()`. The
+        table is drawn from a standard normal.
+      warmup: how the embedding is brought to the initial replicas.
+
+        - `"fit"`: :math:`f(\phi)` is fitted to them by least squares: in closed form
+          if the embedding is linear (the best fit of rank K, split evenly between
+          table and heads), else by 200 L-BFGS steps on the L2 projection loss.
+        - `"rescale"`: the random output is multiplied by a constant, so that its
+          variance over all replicas and weights equals theirs.
+        - `"adapter"`: the random output goes through a learned scale and shift per
+          weight, which start where each weight's mean and variance over the
+          replicas equal theirs.
+        - `"none"`: the random output is left as drawn.
+
+    Returns:
+      An `Embedding`. Its parameters are `MLPParams`, in at least float32.
+
+    Raises:
+      ValueError: if `features` is empty or not positive, or `warmup` is unknown.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, pranam_optax
+      >>> params = {"w": jnp.arange(12.0).reshape(4, 3)}  # 4 replicas on a line
+      >>> embedding = pranam_optax.mlp_embedding(features=(1,))
+      >>> phi = embedding.init(jax.random.key(0), params)
+      >>> phi.table.shape, phi.heads["w"].shape, phi.bias["w"].shape
+      ((4, 1), (1, 3), (3,))
+      >>> bool(jnp.allclose(embedding.apply(phi)["w"], params["w"], atol=1e-5))
+      True
+
+    References:
+      The original `TensorFlow program <https://github.com/SKorablyov/Pranam>`_
+      (2019), class `FCEmbedder`. Its adapter is a full matrix over all weights of a
+      model; this one is the diagonal of it.
+    """
+    widths = tuple(features)
+    if not widths or not all(isinstance(n, int) and n > 0 for n in widths):
+        raise ValueError(
+            f"features must be one or more positive ints (the table's width, then the "
+            f"trunk's layers), got {features!r}"
+        )
+    if warmup not in ("fit", "rescale", "adapter", "none"):
+        raise ValueError(
+            f"warmup must be 'fit', 'rescale', 'adapter' or 'none', got {warmup!r}"
+        )
+    kernel_init = kernel_init or jax.nn.initializers.lecun_normal()
+    apply = _MLP((activation,) * (len(widths) - 1), output_activation)
+
+    def init(key: jax.Array, params: PyTree) -> MLPParams:
+        num_replicas = check_replicas(params, "params")
+        dtype = compute_dtype(*jax.tree.leaves(params))
+        table_key, trunk_key, heads_key = jax.random.split(key, 3)
+
+        def dense(key: jax.Array, n_in: int, n_out: int) -> Dense:
+            kernel = kernel_init(key, (n_in, n_out), dtype)
+            return Dense(kernel, jnp.zeros(n_out, dtype) if use_bias else None)
+
+        keys = jax.random.split(trunk_key, len(widths))
+        trunk = tuple(map(dense, keys, widths[:-1], widths[1:]))
+
+        leaves, treedef = jax.tree.flatten(params)
+        keys = jax.random.split(heads_key, max(len(leaves), 1))
+        heads = [
+            kernel_init(
+                k, (widths[-1], x.size // num_replicas), compute_dtype(x)
+            ).reshape(widths[-1], *x.shape[1:])
+            for k, x in zip(keys, leaves, strict=False)
+        ]
+        bias = [jnp.zeros(x.shape[1:], compute_dtype(x)) for x in leaves]
+        phi = MLPParams(
+            table=jax.random.normal(table_key, (num_replicas, widths[0]), dtype),
+            trunk=trunk,
+            heads=jax.tree.unflatten(treedef, heads),
+            bias=jax.tree.unflatten(treedef, bias) if use_bias else None,
+            scale=None,
+            shift=None,
+        )
+        if warmup == "none" or not leaves:
+            return phi
+        finite = jnp.isfinite(largest_magnitudes(params, dtype))
+        params = jax.tree.map(lambda x: x.astype(compute_dtype(x)), params)
+        params = mask_replicas(finite, params)
+        if warmup == "rescale":
+            return _rescale(apply, phi, params, finite)
+        if warmup == "adapter":
+            return _adapt(apply, phi, params, finite)
+        if trunk or output_activation is not None:
+            return _fit(apply, phi, params, finite)
+        return _fit_linear(phi, params, finite)
+
+    return Embedding(init, apply)
+
+
+def embedding_output(state: PyTree) -> PyTree:
+    r"""The embedding's output :math:`f(\phi)` out of an optimizer state.
+
+    Args:
+      state: the state of `pranam`, or of any chain or wrapper that holds one.
+
+    Returns:
+      A pytree like the stacked params, in at least float32.
+
+    Raises:
+      ValueError: if the state holds no embedding, or several.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, pranam_optax
+      >>> params = jnp.arange(6.0).reshape(2, 3)
+      >>> tx = optax.chain(pranam_optax.pranam(), optax.adam(1e-3))
+      >>> output = pranam_optax.embedding_output(tx.init(params))
+      >>> bool(jnp.allclose(output, params, atol=1e-5))
+      True
+    """
+
+    def holds_embedding(node: Any) -> bool:
+        return isinstance(getattr(node, "embedding", None), jax.tree_util.Partial)
+
+    nodes = filter(holds_embedding, jax.tree.leaves(state, is_leaf=holds_embedding))
+    embeddings = [node.embedding for node in nodes]
+    if len(embeddings) != 1:
+        raise ValueError(
+            f"expected a state with one embedding, found {len(embeddings)}; pass the "
+            "state of one pranam transformation, or of a chain that holds one"
+        )
+    return embeddings[0]()
+
+
+def projection_loss(
+    apply: Callable[[PyTree], PyTree], phi: PyTree, target: PyTree, finite: jax.Array
+) -> jax.Array:
+    r""":math:`\frac12 \|f(\phi) - T\|^2` over the finite replicas."""
+    residual = projection_residual(apply, phi, target, finite)
+    return 0.5 * sum_of_squares(residual)
+
+
+def projection_residual(
+    apply: Callable[[PyTree], PyTree], phi: PyTree, target: PyTree, finite: jax.Array
+) -> PyTree:
+    """f(phi) - T, zero for the replicas that are left out."""
+    target = jax.lax.stop_gradient(target)
+    return mask_replicas(finite, jax.tree.map(jnp.subtract, apply(phi), target))
+
+
+def sum_of_squares(tree: PyTree) -> jax.Array:
+    """Sum of squares of all elements, in the widest dtype of the leaves."""
+    dtype = compute_dtype(*jax.tree.leaves(tree))
+    sums = [jnp.sum(jnp.square(x)).astype(dtype) for x in jax.tree.leaves(tree)]
+    return sum(sums, start=jnp.zeros([], dtype))
+
+
+def replica_mean(tree: PyTree, finite: jax.Array) -> PyTree:
+    """Mean over the finite replicas."""
+    count = jnp.maximum(jnp.sum(finite), 1)
+    return jax.tree.map(
+        lambda x: jnp.sum(x, axis=0) / count.astype(x.dtype),
+        mask_replicas(finite, tree),
+    )
+
+
+def deviations_from(mean: PyTree, tree: PyTree, finite: jax.Array) -> PyTree:
+    """W - mean, zero for the replicas that are left out."""
+    return mask_replicas(finite, jax.tree.map(lambda x, m: x - m[None], tree, mean))
+
+
+def _principal_directions(
+    deviations: PyTree, width: int, dtype: jnp.dtype
+) -> tuple[jax.Array, PyTree, jax.Array]:
+    """Truncated singular value decomposition of the replicas' deviations.
+
+    The left singular vectors come from the R x R Gram matrix, so that no leaf is
+    flattened and a sharded leaf stays sharded.
+
+    Returns:
+      Left singular vectors U, `[R, K]`; U^T times the deviations, a pytree with
+      leading axis K; and its norms, the singular values, `[K]`, which are exactly zero
+      for directions in which the replicas do not differ beyond rounding.
+    """
+    leaves = jax.tree.leaves(deviations)
+    num_replicas = leaves[0].shape[0]
+    unit = jnp.max(largest_magnitudes(deviations, dtype))
+    unit = jnp.where(unit > 0, unit, 1.0)
+    gram = jnp.zeros((num_replicas, num_replicas), dtype)
+    for x in leaves:
+        x, axes = x / unit.astype(x.dtype), tuple(range(1, x.ndim))
+        gram += jnp.tensordot(
+            x, x, axes=(axes, axes), precision=jax.lax.Precision.HIGHEST
+        ).astype(dtype)
+    vectors = jnp.linalg.eigh(gram)[1][:, ::-1]  # largest first
+    vectors = jnp.pad(vectors, ((0, 0), (0, max(width - num_replicas, 0))))[:, :width]
+    projections = jax.tree.map(lambda x: _matmul(vectors.T, x), deviations)
+    squares = [
+        jnp.sum(jnp.square(x / unit.astype(x.dtype)), axis=range(1, x.ndim))
+        for x in jax.tree.leaves(projections)
+    ]
+    norms = jnp.sqrt(sum(x.astype(dtype) for x in squares))
+    rounding = 4 * num_replicas * jnp.finfo(dtype).eps * jnp.sqrt(jnp.trace(gram))
+    return vectors, projections, unit * jnp.where(norms > rounding, norms, 0.0)
+
+
+def _fit_linear(phi: MLPParams, params: PyTree, finite: jax.Array) -> MLPParams:
+    """The best affine fit of rank K, the singular values split evenly."""
+    dtype = phi.table.dtype
+    mean = replica_mean(params, finite)
+    if phi.bias is None:
+        mean = jax.tree.map(jnp.zeros_like, mean)
+    deviations = deviations_from(mean, params, finite)
+    vectors, projections, norms = _principal_directions(
+        deviations, phi.table.shape[1], dtype
+    )
+    # A direction in which the replicas do not differ keeps its random codes and gets
+    # zero heads: the output is the same, but it can still be learned.
+    null, root = norms == 0, jnp.sqrt(jnp.where(norms == 0, 1.0, norms))
+    factor = jnp.where(null, 0.0, 1.0 / root)
+    return phi._replace(
+        table=jnp.where(null[None], phi.table, vectors * root[None]),
+        heads=jax.tree.map(
+            lambda x: x * broadcast_to_leaf(factor.astype(x.dtype), x), projections
+        ),
+        bias=None if phi.bias is None else mean,
+    )
+
+
+def _fit(apply: _MLP, phi: MLPParams, params: PyTree, finite: jax.Array) -> MLPParams:
+    """L-BFGS on the projection loss, from codes along the principal directions."""
+    dtype = phi.table.dtype
+    deviations = deviations_from(replica_mean(params, finite), params, finite)
+    vectors, _, norms = _principal_directions(deviations, phi.table.shape[1], dtype)
+    codes = vectors * jnp.sqrt(jnp.sum(finite).astype(dtype))
+    phi = phi._replace(table=jnp.where(norms[None] == 0, phi.table, codes))
+
+    def loss(phi: MLPParams) -> jax.Array:
+        return projection_loss(apply, phi, params, finite)
+
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(_: int, carry: tuple[MLPParams, Any]) -> tuple[MLPParams, Any]:
+        phi, state = carry
+        value, grad = value_and_grad(phi, state=state)
+        updates, state = solver.update(
+            grad, state, phi, value=value, grad=grad, value_fn=loss
+        )
+        return optax.apply_updates(phi, updates), state
+
+    @jax.jit
+    def fit(phi: MLPParams) -> MLPParams:
+        return jax.lax.fori_loop(0, _FIT_STEPS, step, (phi, solver.init(phi)))[0]
+
+    return fit(phi)
+
+
+def _moments(params: PyTree, finite: jax.Array) -> tuple[PyTree, PyTree]:
+    """Mean and variance of each weight over the finite replicas."""
+    mean = replica_mean(params, finite)
+    squares = jax.tree.map(jnp.square, deviations_from(mean, params, finite))
+    return mean, replica_mean(squares, finite)
+
+
+def _variance(params: PyTree, finite: jax.Array) -> jax.Array:
+    """Variance over all weights of all finite replicas."""
+    mean, variance = _moments(params, finite)
+    leaves = jax.tree.leaves(mean)
+    dtype, size = compute_dtype(*leaves), sum(x.size for x in leaves)
+
+    def average(tree: PyTree) -> jax.Array:
+        return sum(jnp.sum(x).astype(dtype) for x in jax.tree.leaves(tree)) / size
+
+    total = average(mean)
+    between = jax.tree.map(lambda m: jnp.square(m - total.astype(m.dtype)), mean)
+    return average(variance) + average(between)
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """sqrt(numerator / denominator), or 1 where either is zero."""
+    valid = (numerator > 0) & (denominator > 0)
+    return jnp.sqrt(
+        jnp.where(valid, numerator, 1.0) / jnp.where(valid, denominator, 1.0)
+    )
+
+
+def _rescale(
+    apply: _MLP, phi: MLPParams, params: PyTree, finite: jax.Array
+) -> MLPParams:
+    scale = _ratio(_variance(params, finite), _variance(apply(phi), finite))
+    return phi._replace(scale=scale)
+
+
+def _adapt(apply: _MLP, phi: MLPParams, params: PyTree, finite: jax.Array) -> MLPParams:
+    mean, variance = _moments(params, finite)
+    output_mean, output_variance = _moments(apply(phi), finite)
+    scale = jax.tree.map(_ratio, variance, output_variance)
+    shift = jax.tree.map(lambda m, a, o: m - a * o, mean, scale, output_mean)
+    return phi._replace(scale=scale, shift=shift)

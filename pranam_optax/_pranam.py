@@ -1,0 +1,376 @@
+"""The transformation `pranam`: replica gradients, projected onto an embedding."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import Partial, keystr
+
+from pranam_optax._embedding import (
+    Embedding,
+    compute_dtype,
+    deviations_from,
+    mlp_embedding,
+    projection_loss,
+    projection_residual,
+    replica_mean,
+    sum_of_squares,
+)
+from pranam_optax._replicas import (
+    PyTree,
+    as_key,
+    broadcast_to_leaf,
+    check_replicas,
+    largest_magnitudes,
+    mask_replicas,
+)
+
+Coupling = float | jax.Array | np.ndarray | Callable[[jax.Array], jax.Array]
+
+
+class PranamState(NamedTuple):
+    """State of `pranam`.
+
+    Attributes:
+      count: number of updates so far.
+      embedding: the embedding with its parameters: `embedding()` is :math:`f(\\phi)`,
+        `embedding.args[0]` is :math:`\\phi`.
+      projection: state of the `projection_optimizer`.
+      nonfinite: `[R]`, in how many updates each replica was left out because of a NaN
+        or an infinity in its gradient or weights.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
+    embedding: Partial
+    projection: optax.OptState
+    nonfinite: jax.Array
+
+
+def pranam(
+    embedding: Embedding | None = None,
+    *,
+    coupling: Coupling = 1.0,
+    step_size: float | jax.Array = 6.0,
+    normalize_updates: bool = True,
+    projection_optimizer: optax.GradientTransformation | None = None,
+    projection_steps: int = 1,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Projects the gradients of R replicas onto a shared embedding.
+
+    A link for `optax.chain`, before any optimizer. It takes the gradients :math:`G` of
+    R replicas of a model, stacked along axis 0 of every leaf, and their stacked params
+    :math:`W`, and returns updates that look like gradients. With the embedding
+    :math:`f(\phi)`, whose parameters are in the state,
+
+    .. math::
+      \hat G &= G / \mathrm{rms}(G) \\
+      T &= W - s \, \sigma \, \hat G \\
+      \ell(\phi) &= \tfrac12 \| f(\phi) - T \|^2 \\
+      \phi' &= \phi - \alpha \nabla \ell(\phi), \quad
+        \alpha = \|\nabla \ell\|^2 / \|J_f \nabla \ell\|^2 \\
+      P &= W - f(\phi') \\
+      U &= c \, P / \mathrm{rms}(P) + (1 - c) \, \hat G
+
+    where :math:`\sigma` is the spread of the replicas (RMS distance from their mean;
+    the RMS of the weights where they are identical), :math:`\alpha` is the exact line
+    search on the linearised embedding, and every norm is taken over the whole tree.
+
+    A replica with a NaN or an infinity in its gradient or weights is left out of
+    every norm and of the projection, and its update is zero; the others go on as if
+    it were not there.
+
+    Args:
+      embedding: the embedding; default `mlp_embedding()`, linear with 4 codes per
+        replica.
+      coupling: c in [0, 1]: 0 leaves the replicas independent, 1 moves them by the
+        embedding alone. A scalar, one value per replica (`[R]`), or a schedule of
+        either, whose values are clipped to [0, 1].
+      step_size: s, how far the target lies from the replicas, in units of their
+        spread (for a gradient of RMS 1).
+      normalize_updates: if True the updates have RMS about 1 and do not depend on
+        the scale of the loss; if False U is multiplied by rms(G), and c = 0 returns
+        the gradients unchanged.
+      projection_optimizer: takes the step on :math:`\ell` instead of the line search:
+        any Optax optimizer (its state is kept from update to update).
+      projection_steps: number of steps on :math:`\ell` per update.
+      key: seed or PRNG key of the embedding's random initialisation.
+
+    Returns:
+      A `GradientTransformationExtraArgs` whose `update` needs `params`. Under
+      `optax.inject_hyperparams`, `coupling` and `step_size` can be injected; name
+      `static_args=("projection_steps", "key")`.
+
+    Raises:
+      ValueError: from the factory, for arguments out of range; from `init` and
+        `update`, at trace time, for a leaf without replica axis, leaves that disagree
+        on R, params and updates of different structure or shapes, missing params, a
+        tree without leaves, or a coupling of a length other than R.
+      TypeError: from `init` and `update`, for integer or complex leaves.
+
+    Examples:
+      >>> import jax, optax, pranam_optax
+      >>> from pranam_optax import problems
+      >>> problem = problems.randomize(problems.ackley(10), key=0)
+      >>> params = pranam_optax.replicate(problem.init, key=1, num_replicas=32)
+      >>> grad_fn = pranam_optax.replica_value_and_grad(problem.fun)
+      >>> def train(tx, params, num_steps=400):
+      ...     @jax.jit
+      ...     def step(params, state):
+      ...         values, grads = grad_fn(params)
+      ...         updates, state = tx.update(grads, state, params)
+      ...         return optax.apply_updates(params, updates), state, values
+      ...     state = tx.init(params)
+      ...     for _ in range(num_steps):
+      ...         params, state, values = step(params, state)
+      ...     return values
+      >>> adam = optax.adam(optax.cosine_decay_schedule(1.0, 400))
+      >>> train(adam, params).mean() > 15  # stuck in local minima
+      Array(True, dtype=bool)
+      >>> pranam = pranam_optax.pranam(coupling=optax.linear_schedule(1.0, 0.0, 400))
+      >>> train(optax.chain(pranam, adam), params).mean() < 0.01  # the deepest is 0
+      Array(True, dtype=bool)
+
+    References:
+      S. Korablyov et al., `Pranam <https://github.com/SKorablyov/Pranam>`_, 2019:
+      replica gradients projected onto an embedding by an L2 loss.
+    """
+    _check_coupling(coupling)
+    if not isinstance(step_size, jax.core.Tracer) and not (
+        np.ndim(step_size) == 0 and 0 <= step_size < np.inf
+    ):
+        raise ValueError(f"step_size must be a number >= 0, got {step_size!r}")
+    if not isinstance(projection_steps, int) or projection_steps < 1:
+        raise ValueError(
+            f"projection_steps must be a positive int, got {projection_steps!r}"
+        )
+    if embedding is None:
+        embedding = mlp_embedding()
+    if projection_optimizer is None:
+        solver = None
+    else:
+        solver = optax.with_extra_args_support(projection_optimizer)
+
+    def init_fn(params: PyTree) -> PranamState:
+        num_replicas = check_replicas(params, "params")
+        phi = embedding.init(as_key(key), params)
+        return PranamState(
+            count=jnp.zeros([], jnp.int32),
+            embedding=Partial(embedding.apply, phi),
+            projection=optax.EmptyState() if solver is None else solver.init(phi),
+            nonfinite=jnp.zeros([num_replicas], jnp.int32),
+        )
+
+    def update_fn(
+        updates: PyTree, state: PranamState, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, PranamState]:
+        del extra_args
+        num_replicas = _check_update(updates, params, state)
+        f, phi = state.embedding.func, state.embedding.args[0]
+        dtype = compute_dtype(*jax.tree.leaves((updates, params)))
+
+        largest_gradients = largest_magnitudes(updates, dtype)
+        largest_weights = largest_magnitudes(params, dtype)
+        finite = jnp.isfinite(largest_gradients) & jnp.isfinite(largest_weights)
+        gradients = mask_replicas(finite, _cast(updates))
+        weights = mask_replicas(finite, _cast(params))
+        # Units in which squares neither overflow nor underflow.
+        gradient_unit = _positive(jnp.max(largest_gradients, where=finite, initial=0))
+        weight_unit = _positive(jnp.max(largest_weights, where=finite, initial=0))
+        size = sum(x.size for x in jax.tree.leaves(params)) // num_replicas
+        count = jnp.maximum(jnp.sum(finite), 1).astype(dtype) * size
+
+        def rms(tree: PyTree, unit: jax.Array) -> jax.Array:
+            return unit * jnp.sqrt(sum_of_squares(_scale(1 / unit, tree)) / count)
+
+        # 1. G^ = G / rms(G)
+        gradient_rms = rms(gradients, gradient_unit)
+        normalized = _scale(_reciprocal(gradient_rms), gradients)
+
+        # 2. T = W - s * sigma * G^
+        mean = replica_mean(weights, finite)
+        spread = rms(deviations_from(mean, weights, finite), weight_unit)
+        weight_rms = rms(weights, weight_unit)
+        rounding = 8 * jnp.finfo(dtype).eps * weight_rms
+        sigma = jnp.where(spread > rounding, spread, _positive(weight_rms))
+        distance = jnp.asarray(step_size, dtype) * sigma
+        target = _add(weights, _scale(-distance, normalized))
+
+        # 3. l(phi) = 1/2 ||f(phi) - T||^2
+        def loss(phi: PyTree) -> jax.Array:
+            return projection_loss(f, phi, target, finite)
+
+        def residual(phi: PyTree) -> PyTree:
+            return projection_residual(f, phi, target, finite)
+
+        # 4. phi' = phi - alpha grad l(phi), or a step of the projection optimizer
+        def project(
+            _: int, carry: tuple[PyTree, optax.OptState]
+        ) -> tuple[PyTree, optax.OptState]:
+            phi, solver_state = carry
+            value, gradient = jax.value_and_grad(loss)(phi)
+            if solver is None:
+                steps = _line_search(residual, phi, gradient)
+            else:
+                steps, solver_state = solver.update(
+                    gradient,
+                    solver_state,
+                    phi,
+                    value=value,
+                    grad=gradient,
+                    value_fn=loss,
+                )
+            return optax.apply_updates(phi, steps), solver_state
+
+        phi, projection = jax.lax.fori_loop(
+            0, projection_steps, project, (phi, state.projection)
+        )
+
+        # 5. P = W - f(phi')
+        pull = mask_replicas(finite, jax.tree.map(jnp.subtract, weights, f(phi)))
+        pull_rms = rms(pull, weight_unit)
+        # A pull that is nothing but rounding is no pull.
+        pull_rms = jnp.where(pull_rms > rounding, pull_rms, 0.0)
+
+        # 6. U = c P / rms(P) + (1 - c) G^
+        c = _coupling_at(coupling, state.count, num_replicas, dtype)
+        unit = 1.0 if normalize_updates else gradient_rms
+        per_pull = c * unit * _reciprocal(pull_rms)
+        if normalize_updates:
+            per_gradient = (1 - c) * _reciprocal(gradient_rms)
+        else:
+            per_gradient = 1 - c
+
+        def mix(original: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
+            update = _times(per_pull, p) + _times(per_gradient, g)
+            update = update.astype(original.dtype)
+            if not normalize_updates:  # c = 0: bit for bit, signed zeros too
+                independent = broadcast_to_leaf(c == 0, original)
+                update = jnp.where(independent, original, update)
+            return update
+
+        mixed = mask_replicas(finite, jax.tree.map(mix, updates, pull, gradients))
+        return mixed, PranamState(
+            count=optax.safe_increment(state.count),
+            embedding=Partial(f, phi),
+            projection=projection,
+            nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _line_search(
+    residual: Callable[[PyTree], PyTree], phi: PyTree, gradient: PyTree
+) -> PyTree:
+    """-alpha grad l, with alpha = ||grad l||^2 / ||J grad l||^2."""
+    leaves = jax.tree.leaves(gradient)
+    dtype = compute_dtype(*leaves)
+    # Along the unit vector d = grad l / ||grad l||, where squares stay in range:
+    # alpha grad l = ||grad l|| / ||J d||^2 d.
+    largest = [jnp.max(jnp.abs(x), initial=0.0).astype(dtype) for x in leaves]
+    unit = _positive(jnp.max(jnp.stack(largest)))
+    norm = unit * jnp.sqrt(sum_of_squares(_scale(1 / unit, gradient)))
+    direction = _scale(_reciprocal(norm), gradient)
+    _, slope = jax.jvp(residual, (phi,), (direction,))
+    length = norm * _reciprocal(sum_of_squares(slope))
+    return _scale(jnp.where(jnp.isfinite(length), -length, 0.0), direction)
+
+
+def _times(factor: jax.Array, leaf: jax.Array) -> jax.Array:
+    """A scalar, or one factor per replica, times a leaf."""
+    factor = factor.astype(leaf.dtype)
+    return leaf * (broadcast_to_leaf(factor, leaf) if factor.ndim else factor)
+
+
+def _scale(factor: jax.Array, tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: _times(factor, x), tree)
+
+
+def _add(tree: PyTree, other: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, tree, other)
+
+
+def _cast(tree: PyTree) -> PyTree:
+    """Casts every leaf to at least float32."""
+    return jax.tree.map(lambda x: x.astype(compute_dtype(x)), tree)
+
+
+def _positive(x: jax.Array) -> jax.Array:
+    """x, or 1 where x is zero."""
+    return jnp.where(x > 0, x, 1.0)
+
+
+def _reciprocal(x: jax.Array) -> jax.Array:
+    """1 / x, or 0 where x is zero."""
+    return jnp.where(x > 0, 1 / _positive(x), 0.0)
+
+
+def _check_coupling(coupling: Coupling) -> None:
+    if callable(coupling) or isinstance(coupling, jax.core.Tracer):
+        return
+    values = np.asarray(coupling)
+    if values.ndim > 1 or not np.all((values >= 0) & (values <= 1)):
+        raise ValueError(
+            "coupling must be a number in [0, 1], an array of one such number per "
+            f"replica, or a schedule of either; got {coupling!r}"
+        )
+
+
+def _coupling_at(
+    coupling: Coupling, count: jax.Array, num_replicas: int, dtype: jnp.dtype
+) -> jax.Array:
+    value = coupling(count) if callable(coupling) else coupling
+    value = jnp.asarray(value, dtype)
+    if value.shape not in ((), (num_replicas,)):
+        raise ValueError(
+            f"coupling has shape {value.shape}, expected a scalar or one value per "
+            f"replica, ({num_replicas},)"
+        )
+    return jnp.broadcast_to(jnp.clip(value, 0.0, 1.0), (num_replicas,))
+
+
+def _check_update(updates: PyTree, params: PyTree, state: PranamState) -> int:
+    """Checks what `update` was given against the state, and returns R."""
+    if params is None:
+        raise ValueError(
+            "pranam needs the replicas' params: call tx.update(grads, state, params)"
+        )
+    num_replicas = check_replicas(updates, "updates")
+    check_replicas(params, "params")
+    if not num_replicas:
+        raise ValueError("updates has no leaves; pranam needs at least one")
+    update_shapes, param_shapes = (
+        {
+            keystr(path): jnp.shape(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (updates, params)
+    )
+    for path in update_shapes | param_shapes:
+        ours, theirs = update_shapes.get(path), param_shapes.get(path)
+        if ours != theirs:
+            raise ValueError(
+                "updates and params must have the same structure and shapes, but "
+                f"updates{path} {_describe(ours)} and params{path} {_describe(theirs)}"
+            )
+    update_structure: Any = jax.tree.structure(updates)
+    param_structure = jax.tree.structure(params)
+    if update_structure != param_structure:
+        raise ValueError(
+            "updates and params must have the same structure, but updates is "
+            f"{update_structure} and params is {param_structure}"
+        )
+    if state.nonfinite.shape != (num_replicas,):
+        raise ValueError(
+            f"updates has {num_replicas} replicas, but the state was initialised for "
+            f"{state.nonfinite.shape[0]}"
+        )
+    return num_replicas
+
+
+def _describe(shape: tuple[int, ...] | None) -> str:
+    return "is missing" if shape is None else f"has shape {shape}"

@@ -1,0 +1,235 @@
+"""Replicas: R copies of a model stacked along axis 0 of every leaf."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr
+
+PyTree = Any
+
+
+def as_key(key: int | jax.Array) -> jax.Array:
+    """The PRNG key for a seed; a key, new-style or raw, is returned as it is."""
+    if jnp.ndim(key) == 0 and jnp.issubdtype(jnp.result_type(key), jnp.integer):
+        return jax.random.key(key)
+    return jnp.asarray(key)
+
+
+def check_replicas(tree: PyTree, name: str) -> int:
+    """Checks that every leaf is floating with the same leading axis, and returns R.
+
+    A tree without leaves, such as Optax's placeholder for params, has R = 0.
+    """
+    first = None
+    num_replicas = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        where, shape, dtype = name + keystr(path), jnp.shape(leaf), leaf_dtype(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{where} has dtype {dtype} (shape {shape}); replicas need real "
+                "floating-point leaves. Leave other leaves out with optax.masked or "
+                "optax.partition."
+            )
+        if not shape or not shape[0]:
+            raise ValueError(
+                f"{where} has shape {shape} and no replica axis; every leaf needs a "
+                "leading axis of length R, the number of replicas (see replicate)."
+            )
+        if first is None:
+            first, num_replicas = f"{where} has shape {shape}", shape[0]
+        elif shape[0] != num_replicas:
+            raise ValueError(
+                f"leaves disagree on the number of replicas: {first}, {where} has "
+                f"shape {shape}; axis 0 must have the same length in every leaf."
+            )
+    return num_replicas
+
+
+def leaf_dtype(leaf: Any) -> jnp.dtype:
+    """The dtype of an array, a ShapeDtypeStruct or a Python number."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def broadcast_to_leaf(values: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Reshapes `[R]` to `[R, 1, ...]`, so that it acts on each replica of `leaf`."""
+    return values.reshape(values.shape + (1,) * (leaf.ndim - 1))
+
+
+def mask_replicas(finite: jax.Array, tree: PyTree) -> PyTree:
+    """The tree with zeros in the replicas that are left out (`finite` is `[R]`)."""
+    return jax.tree.map(
+        lambda x: jnp.where(broadcast_to_leaf(finite, x), x, jnp.zeros_like(x)), tree
+    )
+
+
+def largest_magnitudes(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
+    """Largest |x| of each replica, `[R]`: NaN or Inf where the replica has either."""
+    return jax.tree.reduce(
+        jnp.maximum,
+        jax.tree.map(
+            lambda x: jnp.max(
+                jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0.0
+            ).astype(dtype),
+            tree,
+        ),
+    )
+
+
+def replicate(
+    init_fn: Callable[[jax.Array], PyTree], key: int | jax.Array, num_replicas: int
+) -> PyTree:
+    r"""Initialises `num_replicas` copies of a model, each from its own key.
+
+    Args:
+      init_fn: takes a PRNG key and returns the params of one model.
+      key: seed or PRNG key, split into one key per replica.
+      num_replicas: R, at least 1.
+
+    Returns:
+      The stacked params: every leaf of the model with a leading axis of length R.
+
+    Raises:
+      ValueError: if `num_replicas` is not a positive integer.
+
+    Examples:
+      >>> import jax, pranam_optax
+      >>> params = pranam_optax.replicate(
+      ...     lambda key: {"w": jax.random.normal(key, (3, 2))}, 0, num_replicas=8)
+      >>> params["w"].shape
+      (8, 3, 2)
+    """
+    if not isinstance(num_replicas, int) or num_replicas < 1:
+        raise ValueError(f"num_replicas must be a positive int, got {num_replicas!r}")
+    return jax.vmap(init_fn)(jax.random.split(as_key(key), num_replicas))
+
+
+def replica_value_and_grad(
+    fun: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    batch: Literal["shared", "split"] = "shared",
+) -> Callable[..., tuple[Any, PyTree]]:
+    r"""`jax.value_and_grad` of every replica.
+
+    With `fun(params, *args, **kwargs)` the loss of one model, the result maps stacked
+    params :math:`W` to :math:`(L(w_r))_r` and :math:`(\nabla L(w_r))_r`.
+
+    Args:
+      fun: takes one model's params, then data, and returns a scalar, or a pair of a
+        scalar and auxiliary output if `has_aux`.
+      has_aux: whether `fun` returns such a pair.
+      batch: `"shared"`: all replicas see the same data. `"split"`: axis 0 of every
+        array in the positional arguments after the params is cut into R equal
+        parts, one per replica, so that a step costs as much as that of one model.
+        Keyword arguments are shared in either case.
+
+    Returns:
+      A function of `(params, *args, **kwargs)` that returns `(values, grads)` or
+      `((values, aux), grads)`: `values` has shape `[R]`, `grads` is like the stacked
+      params, and the leaves of `aux` get a leading axis of length R.
+
+    Raises:
+      ValueError: if `batch` is unknown, a leaf of the params has no replica axis, or
+        a batch cannot be cut into R equal parts.
+
+    Examples:
+      >>> import jax.numpy as jnp, pranam_optax
+      >>> def loss(w, x):
+      ...     return jnp.mean((w - x) ** 2)
+      >>> w = jnp.array([0.0, 1.0])
+      >>> x = jnp.array([1.0, 1.0, 3.0, 3.0])
+      >>> values, grads = pranam_optax.replica_value_and_grad(loss)(w, x)
+      >>> print(values, grads)
+      [5. 2.] [-4. -2.]
+      >>> split = pranam_optax.replica_value_and_grad(loss, batch="split")
+      >>> values, grads = split(w, x)
+      >>> print(values, grads)
+      [1. 4.] [-2. -4.]
+    """
+    if batch not in ("shared", "split"):
+        raise ValueError(f"batch must be 'shared' or 'split', got {batch!r}")
+    value_and_grad = jax.value_and_grad(fun, has_aux=has_aux)
+
+    def replicas_fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        num_replicas = check_replicas(params, "params")
+        if batch == "split":
+            args = _split_batch(args, num_replicas)
+        return jax.vmap(
+            lambda params, args: value_and_grad(params, *args, **kwargs),
+            in_axes=(0, 0 if batch == "split" else None),
+        )(params, args)
+
+    return replicas_fn
+
+
+def _split_batch(args: tuple[Any, ...], num_replicas: int) -> tuple[Any, ...]:
+    def split(path: Any, x: Any) -> jax.Array:
+        shape = jnp.shape(x)
+        if not shape or shape[0] % num_replicas:
+            raise ValueError(
+                f"batch='split' needs arrays whose axis 0 is a multiple of the "
+                f"{num_replicas} replicas, but argument{keystr(path)} has shape "
+                f"{shape}. Pass what all replicas share as a keyword argument."
+            )
+        return jnp.reshape(x, (num_replicas, shape[0] // num_replicas, *shape[1:]))
+
+    return jax.tree_util.tree_map_with_path(split, args)
+
+
+def select_replica(params: PyTree, index: int | jax.Array) -> PyTree:
+    """Params of the replica with the given index.
+
+    Args:
+      params: stacked params.
+      index: an int in `[-R, R)`, or a traced integer.
+
+    Returns:
+      One model's params: every leaf without its replica axis.
+
+    Raises:
+      IndexError: if a Python index is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp, pranam_optax
+      >>> params = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+      >>> print(pranam_optax.select_replica(params, 1)["w"])
+      [3. 4.]
+    """
+    num_replicas = check_replicas(params, "params")
+    if isinstance(index, int) and not -num_replicas <= index < num_replicas:
+        raise IndexError(f"replica {index} of {num_replicas} replicas")
+    return jax.tree.map(lambda x: x[index], params)
+
+
+def best_replica(params: PyTree, values: jax.Array) -> PyTree:
+    """Params of the replica with the lowest value; NaN never wins.
+
+    Args:
+      params: stacked params.
+      values: one loss per replica, `[R]`.
+
+    Returns:
+      One model's params. If every value is NaN, those of replica 0.
+
+    Raises:
+      ValueError: if `values` does not have shape `[R]`.
+
+    Examples:
+      >>> import jax.numpy as jnp, pranam_optax
+      >>> params = {"w": jnp.array([1.0, 2.0, 3.0])}
+      >>> values = jnp.array([0.3, jnp.nan, 0.2])
+      >>> print(pranam_optax.best_replica(params, values)["w"])
+      3.0
+    """
+    num_replicas = check_replicas(params, "params")
+    if jnp.shape(values) != (num_replicas,):
+        raise ValueError(
+            f"values has shape {jnp.shape(values)}, expected ({num_replicas},): one "
+            "value per replica"
+        )
+    values = jnp.asarray(values)
+    return select_replica(
+        params, jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
+    )
