@@ -224,18 +224,21 @@ def mlp_embedding(
             scale=None,
             shift=None,
         )
-        if warmup == "none" or not leaves:
+        if not leaves:
             return phi
+        # Replicas that are not finite have no part in the warm-up and a code of zero.
         finite = jnp.isfinite(largest_magnitudes(params, dtype))
-        params = jax.tree.map(lambda x: x.astype(compute_dtype(x)), params)
-        params = mask_replicas(finite, params)
+        weights = jax.tree.map(lambda x: x.astype(compute_dtype(x)), params)
+        weights = mask_replicas(finite, weights)
         if warmup == "rescale":
-            return _rescale(apply, phi, params, finite)
-        if warmup == "adapter":
-            return _adapt(apply, phi, params, finite)
-        if trunk or output_activation is not None:
-            return _fit(apply, phi, params, finite)
-        return _fit_linear(phi, params, finite)
+            phi = _rescale(apply, phi, weights, finite)
+        elif warmup == "adapter":
+            phi = _adapt(apply, phi, weights, finite)
+        elif warmup == "fit" and (trunk or output_activation is not None):
+            phi = _fit(apply, phi, weights, finite)
+        elif warmup == "fit":
+            phi = _fit_linear(phi, weights, finite)
+        return phi._replace(table=mask_replicas(finite, phi.table))
 
     return Embedding(init, apply)
 

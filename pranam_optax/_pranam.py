@@ -155,13 +155,13 @@ def pranam(
         solver = optax.with_extra_args_support(projection_optimizer)
 
     def init_fn(params: PyTree) -> PranamState:
-        num_replicas = check_replicas(params, "params")
+        check_replicas(params, "params")
         phi = embedding.init(as_key(key), params)
         return PranamState(
             count=jnp.zeros([], jnp.int32),
             embedding=Partial(embedding.apply, phi),
             projection=optax.EmptyState() if solver is None else solver.init(phi),
-            nonfinite=jnp.zeros([num_replicas], jnp.int32),
+            nonfinite=_zero_counts(params),
         )
 
     def update_fn(
@@ -278,6 +278,18 @@ def _line_search(
     _, slope = jax.jvp(residual, (phi,), (direction,))
     length = norm * _reciprocal(sum_of_squares(slope))
     return _scale(jnp.where(jnp.isfinite(length), -length, 0.0), direction)
+
+
+def _zero_counts(params: PyTree) -> jax.Array:
+    """A zero for each replica, sharded as the replicas are.
+
+    Under jit only what depends on the params is sharded like them; and no weight is
+    greater than infinity.
+    """
+    for x in jax.tree.leaves(params):
+        weights = x.reshape(x.shape[0], -1)
+        return jnp.any(weights > jnp.inf, axis=1).astype(jnp.int32)
+    return jnp.zeros([0], jnp.int32)
 
 
 def _times(factor: jax.Array, leaf: jax.Array) -> jax.Array:

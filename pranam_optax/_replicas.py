@@ -200,7 +200,7 @@ def select_replica(params: PyTree, index: int | jax.Array) -> PyTree:
     num_replicas = check_replicas(params, "params")
     if isinstance(index, int) and not -num_replicas <= index < num_replicas:
         raise IndexError(f"replica {index} of {num_replicas} replicas")
-    return jax.tree.map(lambda x: x[index], params)
+    return jax.tree.map(lambda x: jnp.asarray(x)[index], params)
 
 
 def best_replica(params: PyTree, values: jax.Array) -> PyTree:
@@ -229,7 +229,4 @@ def best_replica(params: PyTree, values: jax.Array) -> PyTree:
             f"values has shape {jnp.shape(values)}, expected ({num_replicas},): one "
             "value per replica"
         )
-    values = jnp.asarray(values)
-    return select_replica(
-        params, jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
-    )
+    return select_replica(params, jnp.argsort(values)[0])  # NaN sorts last, after inf
