@@ -104,8 +104,8 @@ def _download(name: str, folder: Path) -> None:
             partial.rename(folder / name)
             return
     raise SystemExit(
-        f"MNIST could not be downloaded from {' or '.join(MIRRORS)}. Put its four files "
-        f"({', '.join(FILES)}) into one folder and name it with --data-dir."
+        f"MNIST could not be downloaded from {' or '.join(MIRRORS)}. Put its four "
+        f"files ({', '.join(FILES)}) into one folder and name it with --data-dir."
     )
 
 

@@ -1,6 +1,7 @@
 """Embeddings: the input-less networks that the replicas are tied to."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ from pranam_optax._replicas import (
     PyTree,
     broadcast_to_leaf,
     check_replicas,
+    in_range,
     largest_magnitudes,
     leaf_dtype,
     mask_replicas,
@@ -192,55 +194,71 @@ def mlp_embedding(
         raise ValueError(
             f"warmup must be 'fit', 'rescale', 'adapter' or 'none', got {warmup!r}"
         )
-    kernel_init = kernel_init or jax.nn.initializers.lecun_normal()
     apply = _MLP((activation,) * (len(widths) - 1), output_activation)
+    kernel_init = _lecun_normal if kernel_init is None else kernel_init
 
     def init(key: jax.Array, params: PyTree) -> MLPParams:
-        num_replicas = check_replicas(params, "params")
-        dtype = compute_dtype(*jax.tree.leaves(params))
-        table_key, trunk_key, heads_key = jax.random.split(key, 3)
-
-        def dense(key: jax.Array, n_in: int, n_out: int) -> Dense:
-            kernel = kernel_init(key, (n_in, n_out), dtype)
-            return Dense(kernel, jnp.zeros(n_out, dtype) if use_bias else None)
-
-        keys = jax.random.split(trunk_key, len(widths))
-        trunk = tuple(map(dense, keys, widths[:-1], widths[1:]))
-
-        leaves, treedef = jax.tree.flatten(params)
-        keys = jax.random.split(heads_key, max(len(leaves), 1))
-        heads = [
-            kernel_init(
-                k, (widths[-1], x.size // num_replicas), compute_dtype(x)
-            ).reshape(widths[-1], *x.shape[1:])
-            for k, x in zip(keys, leaves, strict=False)
-        ]
-        bias = [jnp.zeros(x.shape[1:], compute_dtype(x)) for x in leaves]
-        phi = MLPParams(
-            table=jax.random.normal(table_key, (num_replicas, widths[0]), dtype),
-            trunk=trunk,
-            heads=jax.tree.unflatten(treedef, heads),
-            bias=jax.tree.unflatten(treedef, bias) if use_bias else None,
-            scale=None,
-            shift=None,
-        )
-        if not leaves:
-            return phi
-        # Replicas that are not finite have no part in the warm-up and a code of zero.
-        finite = jnp.isfinite(largest_magnitudes(params, dtype))
-        weights = jax.tree.map(lambda x: x.astype(compute_dtype(x)), params)
-        weights = mask_replicas(finite, weights)
-        if warmup == "rescale":
-            phi = _rescale(apply, phi, weights, finite)
-        elif warmup == "adapter":
-            phi = _adapt(apply, phi, weights, finite)
-        elif warmup == "fit" and (trunk or output_activation is not None):
-            phi = _fit(apply, phi, weights, finite)
-        elif warmup == "fit":
-            phi = _fit_linear(phi, weights, finite)
-        return phi._replace(table=mask_replicas(finite, phi.table))
+        return _init(key, params, apply, widths, use_bias, kernel_init, warmup)
 
     return Embedding(init, apply)
+
+
+_lecun_normal = jax.nn.initializers.lecun_normal()
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _init(
+    key: jax.Array,
+    params: PyTree,
+    apply: _MLP,
+    widths: tuple[int, ...],
+    use_bias: bool,
+    kernel_init: jax.nn.initializers.Initializer,
+    warmup: str,
+) -> MLPParams:
+    num_replicas = check_replicas(params, "params")
+    dtype = compute_dtype(*jax.tree.leaves(params))
+    table_key, trunk_key, heads_key = jax.random.split(key, 3)
+
+    def dense(key: jax.Array, n_in: int, n_out: int) -> Dense:
+        kernel = kernel_init(key, (n_in, n_out), dtype)
+        return Dense(kernel, jnp.zeros(n_out, dtype) if use_bias else None)
+
+    keys = jax.random.split(trunk_key, len(widths))
+    trunk = tuple(map(dense, keys, widths[:-1], widths[1:]))
+
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(heads_key, max(len(leaves), 1))
+    heads = [
+        kernel_init(
+            k, (widths[-1], x.size // num_replicas), compute_dtype(x)
+        ).reshape(widths[-1], *x.shape[1:])
+        for k, x in zip(keys, leaves, strict=False)
+    ]
+    bias = [jnp.zeros(x.shape[1:], compute_dtype(x)) for x in leaves]
+    phi = MLPParams(
+        table=jax.random.normal(table_key, (num_replicas, widths[0]), dtype),
+        trunk=trunk,
+        heads=jax.tree.unflatten(treedef, heads),
+        bias=jax.tree.unflatten(treedef, bias) if use_bias else None,
+        scale=None,
+        shift=None,
+    )
+    if not leaves:
+        return phi
+    # Replicas that are not finite have no part in the warm-up and a code of zero.
+    finite = in_range(largest_magnitudes(params, dtype))
+    weights = jax.tree.map(lambda x: x.astype(compute_dtype(x)), params)
+    weights = mask_replicas(finite, weights)
+    if warmup == "rescale":
+        phi = _rescale(apply, phi, weights, finite)
+    elif warmup == "adapter":
+        phi = _adapt(apply, phi, weights, finite)
+    elif warmup == "fit" and (trunk or apply.output_activation is not None):
+        phi = _fit(apply, phi, weights, finite)
+    elif warmup == "fit":
+        phi = _fit_linear(phi, weights, finite)
+    return phi._replace(table=mask_replicas(finite, phi.table))
 
 
 def embedding_output(state: PyTree) -> PyTree:
@@ -394,11 +412,7 @@ def _fit(apply: _MLP, phi: MLPParams, params: PyTree, finite: jax.Array) -> MLPP
         )
         return optax.apply_updates(phi, updates), state
 
-    @jax.jit
-    def fit(phi: MLPParams) -> MLPParams:
-        return jax.lax.fori_loop(0, _FIT_STEPS, step, (phi, solver.init(phi)))[0]
-
-    return fit(phi)
+    return jax.lax.fori_loop(0, _FIT_STEPS, step, (phi, solver.init(phi)))[0]
 
 
 def _moments(params: PyTree, finite: jax.Array) -> tuple[PyTree, PyTree]:

@@ -24,6 +24,7 @@ from pranam_optax._replicas import (
     as_key,
     broadcast_to_leaf,
     check_replicas,
+    in_range,
     largest_magnitudes,
     mask_replicas,
 )
@@ -39,8 +40,8 @@ class PranamState(NamedTuple):
       embedding: the embedding with its parameters: `embedding()` is :math:`f(\\phi)`,
         `embedding.args[0]` is :math:`\\phi`.
       projection: state of the `projection_optimizer`.
-      nonfinite: `[R]`, in how many updates each replica was left out because of a NaN
-        or an infinity in its gradient or weights.
+      nonfinite: `[R]`, in how many updates each replica was left out because its
+        gradient or weights were not finite.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
@@ -79,9 +80,9 @@ def pranam(
     the RMS of the weights where they are identical), :math:`\alpha` is the exact line
     search on the linearised embedding, and every norm is taken over the whole tree.
 
-    A replica with a NaN or an infinity in its gradient or weights is left out of
-    every norm and of the projection, and its update is zero; the others go on as if
-    it were not there.
+    A replica with a NaN or an infinity in its gradient or weights, or with weights
+    whose squares overflow, is left out of every norm and of the projection, and its
+    update is zero; the others go on as if it were not there.
 
     Args:
       embedding: the embedding; default `mlp_embedding()`, linear with 4 codes per
@@ -174,7 +175,7 @@ def pranam(
 
         largest_gradients = largest_magnitudes(updates, dtype)
         largest_weights = largest_magnitudes(params, dtype)
-        finite = jnp.isfinite(largest_gradients) & jnp.isfinite(largest_weights)
+        finite = jnp.isfinite(largest_gradients) & in_range(largest_weights)
         gradients = mask_replicas(finite, _cast(updates))
         weights = mask_replicas(finite, _cast(params))
         # Units in which squares neither overflow nor underflow.
@@ -277,7 +278,11 @@ def _line_search(
     direction = _scale(_reciprocal(norm), gradient)
     _, slope = jax.jvp(residual, (phi,), (direction,))
     length = norm * _reciprocal(sum_of_squares(slope))
-    return _scale(jnp.where(jnp.isfinite(length), -length, 0.0), direction)
+    # Where even that overflows, better no step than one that ends at infinity.
+    valid = jnp.isfinite(norm) & jnp.isfinite(length)
+    return jax.tree.map(
+        lambda d: jnp.where(valid, -length.astype(d.dtype) * d, 0.0), direction
+    )
 
 
 def _zero_counts(params: PyTree) -> jax.Array:

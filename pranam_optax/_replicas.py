@@ -77,6 +77,11 @@ def largest_magnitudes(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
     )
 
 
+def in_range(magnitudes: jax.Array) -> jax.Array:
+    """Whether numbers of these magnitudes can be squared: not NaN, not too large."""
+    return magnitudes < jnp.sqrt(jnp.finfo(magnitudes.dtype).max)
+
+
 def replicate(
     init_fn: Callable[[jax.Array], PyTree], key: int | jax.Array, num_replicas: int
 ) -> PyTree:

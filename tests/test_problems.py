@@ -70,7 +70,16 @@ def test_michalewicz_minima_of_the_literature(dim, minimum):
 def test_gradient_is_finite_everywhere(name):
     problem = FUNCTIONS[name](4)
     bounded = problems.bound(problem)
-    awkward = [0.0, -0.0, 1e-30, -1e-30, 1.0, 421.0, *problem.low[:1], *problem.high[:1]]
+    awkward = [
+        0.0,
+        -0.0,
+        1e-30,
+        -1e-30,
+        1.0,
+        421.0,
+        *problem.low[:1],
+        *problem.high[:1],
+    ]
     for value in awkward:
         for x in (jnp.full(4, value), jnp.array([value, 0.0, 1.0, value])):
             for fun in (problem.fun, bounded.fun):

@@ -105,7 +105,9 @@ def test_batch_errors():
         split(params, data(8)[0], 0.0)
     with pytest.raises(ValueError, match="batch must be 'shared' or 'split', got 'x'"):
         pranam_optax.replica_value_and_grad(loss, batch="x")
-    with pytest.raises(ValueError, match=r"params\['b'\] has shape \(\) and no replica"):
+    with pytest.raises(
+        ValueError, match=r"params\['b'\] has shape \(\) and no replica"
+    ):
         pranam_optax.replica_value_and_grad(loss)(init(jax.random.key(0)), *data(8))
 
 
