@@ -15,7 +15,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import flax.serialization
@@ -141,8 +141,11 @@ def train(
 ) -> Trained:
     """Trains R replicas on the same batches."""
 
+    def predict(params: Any, x: jax.Array) -> jax.Array:
+        return cast(jax.Array, model.apply(params, x))
+
     def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = model.apply(params, x)
+        logits = predict(params, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     grad_fn = pranam_optax.replica_value_and_grad(loss_fn)
@@ -160,7 +163,7 @@ def train(
     @jax.jit
     def evaluate(params: Any) -> tuple[jax.Array, jax.Array]:
         def one(params: Any) -> tuple[jax.Array, jax.Array]:
-            hits = model.apply(params, data.test_x).argmax(-1) == data.test_y
+            hits = predict(params, data.test_x).argmax(-1) == data.test_y
             return loss_fn(params, data.train_x, data.train_y), hits.mean()
 
         return jax.lax.map(one, params)
@@ -199,8 +202,9 @@ def make_optimizer(
         return adam
     if name == "Adam, normalised gradients":
         return optax.chain(pranam_optax.pranam(coupling=0.0), adam)
-    release = optax.linear_schedule(1.0, 0.0, num_steps)
-    return optax.chain(pranam_optax.pranam(coupling=release, step_size=2.0), adam)
+    # Neural networks want a short coupling and small steps of the embedding.
+    release = optax.linear_schedule(1.0, 0.0, int(0.3 * num_steps))
+    return optax.chain(pranam_optax.pranam(coupling=release, step_size=1.0), adam)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import pranam_optax
 from pranam_optax import problems
 
 # Learning rates as parts of the box's half-width.
-LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class Setting(NamedTuple):
@@ -55,13 +55,16 @@ def make_problems(dim: int) -> dict[str, problems.Problem]:
     }
 
 
-def make_methods(num_steps: int) -> dict[str, optax.GradientTransformation]:
+def make_methods(
+    num_steps: int, width: int = 4
+) -> dict[str, optax.GradientTransformation]:
     """What stands before Adam."""
+    embedding = pranam_optax.mlp_embedding((width,))
     release = optax.linear_schedule(1.0, 0.0, num_steps)
     return {
         "Adam": optax.identity(),
         "Adam, normalised gradients": pranam_optax.pranam(coupling=0.0),
-        "pranam + Adam": pranam_optax.pranam(coupling=release),
+        "pranam + Adam": pranam_optax.pranam(embedding, coupling=release),
     }
 
 
@@ -85,13 +88,14 @@ def make_run(
             params, state = carry
             values, grads = grad_fn(params)
             updates, state = tx.update(grads, state, params)
-            # Paths are only drawn in 2-D; elsewhere the compiler drops them.
-            return (optax.apply_updates(params, updates), state), (values, params)
+            # The first two coordinates are for the picture.
+            path = params[:, :2]
+            return (optax.apply_updates(params, updates), state), (values, path)
 
         (params, _), (values, paths) = jax.lax.scan(
             step, (params, tx.init(params)), None, setting.num_steps
         )
-        return jax.vmap(instance.fun)(params), values, paths[:, :, :2]
+        return jax.vmap(instance.fun)(params), values, paths
 
     half_width = float(problem.high[0] - problem.low[0]) / 2
     return lambda key, rate: run(key, rate * half_width)
@@ -165,13 +169,17 @@ def plot(file: str, results: dict[str, dict[str, Result]], setting: Setting) -> 
     figure, axes = plt.subplots(
         2, 3, figsize=(13, 8), layout="constrained", width_ratios=(1.2, 1, 1)
     )
-    colors = ("tab:gray", "tab:orange", "tab:blue")
+    styles: tuple[dict[str, Any], ...] = (
+        {"color": "silver", "lw": 5},
+        {"color": "tab:red"},
+        {"color": "tab:blue"},
+    )
     for row, (name, methods) in zip(axes, results.items(), strict=True):
-        for (method, result), color in zip(methods.items(), colors, strict=True):
+        for (method, result), style in zip(methods.items(), styles, strict=True):
             mean = result.curves.mean(axis=(0, 2))
             best = result.curves.min(axis=2).mean(axis=0)
-            row[0].semilogy(mean, color=color, label=method)
-            row[0].semilogy(best, color=color, ls=":")
+            row[0].semilogy(mean, label=method, **style)
+            row[0].semilogy(best, ls=":", **style)
         row[0].set(
             title=f"{name} in {setting.dim}-D: mean and best (dotted) replica",
             xlabel="step",
@@ -188,15 +196,16 @@ def plot(file: str, results: dict[str, dict[str, Result]], setting: Setting) -> 
         grid = np.linspace(instance.low[0], instance.high[0], 300)
         xy = jnp.stack(jnp.meshgrid(grid, grid), axis=-1)
         height = jax.vmap(jax.vmap(instance.fun))(xy)
-        links = make_methods(small.num_steps)
+        # Four codes would hold any point of the plane; one ties replicas to a line.
+        links = make_methods(small.num_steps, width=1)
         for ax, method in zip(row[1:], ("Adam", "pranam + Adam"), strict=True):
             run = make_run(problem, links[method], small)
             rate = {"Adam": 0.03, "pranam + Adam": 0.1}[method]
             values, _, paths = run(key, rate)
             ax.contourf(grid, grid, height, levels=30, cmap="Greys_r")
             ax.plot(paths[..., 0], paths[..., 1], lw=0.8)
-            ax.plot(*paths[-1].T, "o", color="tab:red", ms=5)
-            ax.plot(*instance.minimizer, "*", color="gold", ms=14, mec="black")
+            ax.plot(*paths[-1].T, "o", color="tab:red", ms=5, label="last step")
+            ax.plot(*instance.minimizer, "*", color="gold", ms=14, label="minimum")
             ax.set(
                 title=f"{method}, 2-D: mean {values.mean():.2g}",
                 xlim=(grid[0], grid[-1]),

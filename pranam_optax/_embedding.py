@@ -230,9 +230,9 @@ def _init(
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(heads_key, max(len(leaves), 1))
     heads = [
-        kernel_init(
-            k, (widths[-1], x.size // num_replicas), compute_dtype(x)
-        ).reshape(widths[-1], *x.shape[1:])
+        kernel_init(k, (widths[-1], x.size // num_replicas), compute_dtype(x)).reshape(
+            widths[-1], *x.shape[1:]
+        )
         for k, x in zip(keys, leaves, strict=False)
     ]
     bias = [jnp.zeros(x.shape[1:], compute_dtype(x)) for x in leaves]

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import keystr
 
 PyTree = Any
@@ -208,7 +209,7 @@ def select_replica(params: PyTree, index: int | jax.Array) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x)[index], params)
 
 
-def best_replica(params: PyTree, values: jax.Array) -> PyTree:
+def best_replica(params: PyTree, values: jax.Array | np.ndarray) -> PyTree:
     """Params of the replica with the lowest value; NaN never wins.
 
     Args:
@@ -234,4 +235,5 @@ def best_replica(params: PyTree, values: jax.Array) -> PyTree:
             f"values has shape {jnp.shape(values)}, expected ({num_replicas},): one "
             "value per replica"
         )
-    return select_replica(params, jnp.argsort(values)[0])  # NaN sorts last, after inf
+    best = jnp.argsort(jnp.asarray(values))[0]  # NaN sorts last, after infinity
+    return select_replica(params, best)

@@ -1,0 +1,80 @@
+"""What the examples compute themselves; .ci/run runs them as programs."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import flax_mnist  # noqa: E402
+import quickstart  # noqa: E402
+
+
+def test_quickstart_gives_all_methods_the_same_problem_and_replicas(optax_promotion):
+    setting = quickstart.Setting(
+        dim=2, num_replicas=8, num_steps=3, report_seeds=range(2)
+    )
+    problem = quickstart.make_problems(2)["Ackley"]
+    first = [
+        quickstart.make_run(problem, link, setting)(quickstart.jax.random.key(0), 0.1)[
+            1
+        ]
+        for link in quickstart.make_methods(3).values()
+    ]
+    # Losses of the initial replicas, [step, replica].
+    np.testing.assert_array_equal(first[0][0], first[1][0])
+    np.testing.assert_array_equal(first[0][0], first[2][0])
+    assert not np.array_equal(first[0][1], first[2][1])
+
+
+def test_interval_of_the_mean():
+    values = np.arange(10.0)
+    low, high = quickstart.interval(values)
+    assert 2.5 < low < 3.2
+    assert 5.8 < high < 6.5
+    assert quickstart.interval(np.ones(5)) == (1.0, 1.0)
+
+
+def test_mnist_is_read():
+    if not flax_mnist.SHARED.is_dir():
+        pytest.skip(f"no MNIST at {flax_mnist.SHARED}")
+    data = flax_mnist.load_mnist()
+    assert data.train_x.shape == (60000, 784)
+    assert data.test_y.shape == (10000,)
+    assert data.train_x.min() == 0.0
+    assert data.train_x.max() == 1.0
+    # The first digits of the two sets are known: 5, 0, 4, 1, 9 and 7, 2, 1, 0, 4.
+    np.testing.assert_array_equal(data.train_y[:5], [5, 0, 4, 1, 9])
+    np.testing.assert_array_equal(data.test_y[:5], [7, 2, 1, 0, 4])
+
+
+def test_missing_and_broken_data_are_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"train-images-idx3-ubyte.gz is missing"):
+        flax_mnist.load_mnist(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"no images")
+    with pytest.raises(SystemExit, match="its checksum differs"):
+        flax_mnist.load_mnist(tmp_path)
+
+
+def test_downloads_are_checked_and_cached(tmp_path, monkeypatch):
+    name = "train-labels-idx1-ubyte.gz"
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    (mirror / name).write_bytes(b"labels")
+    monkeypatch.setattr(
+        flax_mnist, "MIRRORS", ("file:///nowhere/", f"file://{mirror}/")
+    )
+    cache = tmp_path / "cache"
+    with pytest.raises(SystemExit, match=r"could not be downloaded from .* --data-dir"):
+        flax_mnist._download(name, cache)
+    assert not (cache / name).exists()
+
+    digest = flax_mnist.hashlib.sha256(b"labels").hexdigest()
+    monkeypatch.setitem(flax_mnist.FILES, name, digest)
+    flax_mnist._download(name, cache)
+    assert (cache / name).read_bytes() == b"labels"
+    monkeypatch.setattr(flax_mnist, "MIRRORS", ())
+    flax_mnist._download(name, cache)  # from the cache
