@@ -188,7 +188,8 @@ def plot(file: str, results: dict[str, dict[str, Result]], setting: Setting) -> 
         row[0].legend()
 
         problem = make_problems(2)[name]
-        small = setting._replace(dim=2, num_replicas=16, num_steps=300)
+        # One run with few replicas and two codes each, at a rate that suits both.
+        small = setting._replace(dim=2, num_replicas=32, num_steps=500)
         key = jax.random.key(0)
         instance = problems.randomize(
             problem, jax.random.split(key)[0], spread=setting.spread
@@ -196,12 +197,10 @@ def plot(file: str, results: dict[str, dict[str, Result]], setting: Setting) -> 
         grid = np.linspace(instance.low[0], instance.high[0], 300)
         xy = jnp.stack(jnp.meshgrid(grid, grid), axis=-1)
         height = jax.vmap(jax.vmap(instance.fun))(xy)
-        # Four codes would hold any point of the plane; one ties replicas to a line.
-        links = make_methods(small.num_steps, width=1)
+        links = make_methods(small.num_steps, width=2)
         for ax, method in zip(row[1:], ("Adam", "pranam + Adam"), strict=True):
             run = make_run(problem, links[method], small)
-            rate = {"Adam": 0.03, "pranam + Adam": 0.1}[method]
-            values, _, paths = run(key, rate)
+            values, _, paths = run(key, 0.1)
             ax.contourf(grid, grid, height, levels=30, cmap="Greys_r")
             ax.plot(paths[..., 0], paths[..., 1], lw=0.8)
             ax.plot(*paths[-1].T, "o", color="tab:red", ms=5, label="last step")

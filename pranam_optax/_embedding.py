@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pranam_optax._replicas import (
+from pranam_optax._tree import (
     PyTree,
     broadcast_to_leaf,
+    cast,
     check_replicas,
+    compute_dtype,
+    deviations_from,
     in_range,
     largest_magnitudes,
-    leaf_dtype,
     mask_replicas,
+    replica_mean,
+    sum_of_squares,
 )
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -67,15 +71,6 @@ class MLPParams(NamedTuple):
     bias: PyTree | None
     scale: PyTree | None
     shift: PyTree | None
-
-
-def compute_dtype(*leaves: Any) -> jnp.dtype:
-    """The dtype of the embedding and of every norm: float64 if a leaf is, else float32.
-
-    Independent of the promotion mode, which may be strict.
-    """
-    wide = any(leaf_dtype(x) == jnp.float64 for x in leaves)
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def _matmul(features: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -248,8 +243,7 @@ def _init(
         return phi
     # Replicas that are not finite have no part in the warm-up and a code of zero.
     finite = in_range(largest_magnitudes(params, dtype))
-    weights = jax.tree.map(lambda x: x.astype(compute_dtype(x)), params)
-    weights = mask_replicas(finite, weights)
+    weights = mask_replicas(finite, cast(params))
     if warmup == "rescale":
         phi = _rescale(apply, phi, weights, finite)
     elif warmup == "adapter":
@@ -309,27 +303,6 @@ def projection_residual(
     """f(phi) - T, zero for the replicas that are left out."""
     target = jax.lax.stop_gradient(target)
     return mask_replicas(finite, jax.tree.map(jnp.subtract, apply(phi), target))
-
-
-def sum_of_squares(tree: PyTree) -> jax.Array:
-    """Sum of squares of all elements, in the widest dtype of the leaves."""
-    dtype = compute_dtype(*jax.tree.leaves(tree))
-    sums = [jnp.sum(jnp.square(x)).astype(dtype) for x in jax.tree.leaves(tree)]
-    return sum(sums, start=jnp.zeros([], dtype))
-
-
-def replica_mean(tree: PyTree, finite: jax.Array) -> PyTree:
-    """Mean over the finite replicas."""
-    count = jnp.maximum(jnp.sum(finite), 1)
-    return jax.tree.map(
-        lambda x: jnp.sum(x, axis=0) / count.astype(x.dtype),
-        mask_replicas(finite, tree),
-    )
-
-
-def deviations_from(mean: PyTree, tree: PyTree, finite: jax.Array) -> PyTree:
-    """W - mean, zero for the replicas that are left out."""
-    return mask_replicas(finite, jax.tree.map(lambda x, m: x - m[None], tree, mean))
 
 
 def _principal_directions(

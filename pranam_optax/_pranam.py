@@ -11,22 +11,25 @@ from jax.tree_util import Partial, keystr
 
 from pranam_optax._embedding import (
     Embedding,
-    compute_dtype,
-    deviations_from,
     mlp_embedding,
     projection_loss,
     projection_residual,
-    replica_mean,
-    sum_of_squares,
 )
-from pranam_optax._replicas import (
+from pranam_optax._replicas import as_key
+from pranam_optax._tree import (
     PyTree,
-    as_key,
     broadcast_to_leaf,
+    cast,
     check_replicas,
+    compute_dtype,
+    deviations_from,
     in_range,
     largest_magnitudes,
     mask_replicas,
+    replica_mean,
+    scale,
+    sum_of_squares,
+    times,
 )
 
 Coupling = float | jax.Array | np.ndarray | Callable[[jax.Array], jax.Array]
@@ -176,8 +179,8 @@ def pranam(
         largest_gradients = largest_magnitudes(updates, dtype)
         largest_weights = largest_magnitudes(params, dtype)
         finite = jnp.isfinite(largest_gradients) & in_range(largest_weights)
-        gradients = mask_replicas(finite, _cast(updates))
-        weights = mask_replicas(finite, _cast(params))
+        gradients = mask_replicas(finite, cast(updates))
+        weights = mask_replicas(finite, cast(params))
         # Units in which squares neither overflow nor underflow.
         gradient_unit = _positive(jnp.max(largest_gradients, where=finite, initial=0))
         weight_unit = _positive(jnp.max(largest_weights, where=finite, initial=0))
@@ -185,11 +188,11 @@ def pranam(
         count = jnp.maximum(jnp.sum(finite), 1).astype(dtype) * size
 
         def rms(tree: PyTree, unit: jax.Array) -> jax.Array:
-            return unit * jnp.sqrt(sum_of_squares(_scale(1 / unit, tree)) / count)
+            return unit * jnp.sqrt(sum_of_squares(scale(1 / unit, tree)) / count)
 
         # 1. G^ = G / rms(G)
         gradient_rms = rms(gradients, gradient_unit)
-        normalized = _scale(_reciprocal(gradient_rms), gradients)
+        normalized = scale(_reciprocal(gradient_rms), gradients)
 
         # 2. T = W - s * sigma * G^
         mean = replica_mean(weights, finite)
@@ -198,7 +201,7 @@ def pranam(
         rounding = 8 * jnp.finfo(dtype).eps * weight_rms
         sigma = jnp.where(spread > rounding, spread, _positive(weight_rms))
         distance = jnp.asarray(step_size, dtype) * sigma
-        target = _add(weights, _scale(-distance, normalized))
+        target = _add(weights, scale(-distance, normalized))
 
         # 3. l(phi) = 1/2 ||f(phi) - T||^2
         def loss(phi: PyTree) -> jax.Array:
@@ -246,7 +249,7 @@ def pranam(
             per_gradient = 1 - c
 
         def mix(original: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
-            update = _times(per_pull, p) + _times(per_gradient, g)
+            update = times(per_pull, p) + times(per_gradient, g)
             update = update.astype(original.dtype)
             if not normalize_updates:  # c = 0: bit for bit, signed zeros too
                 independent = broadcast_to_leaf(c == 0, original)
@@ -274,8 +277,8 @@ def _line_search(
     # alpha grad l = ||grad l|| / ||J d||^2 d.
     largest = [jnp.max(jnp.abs(x), initial=0.0).astype(dtype) for x in leaves]
     unit = _positive(jnp.max(jnp.stack(largest)))
-    norm = unit * jnp.sqrt(sum_of_squares(_scale(1 / unit, gradient)))
-    direction = _scale(_reciprocal(norm), gradient)
+    norm = unit * jnp.sqrt(sum_of_squares(scale(1 / unit, gradient)))
+    direction = scale(_reciprocal(norm), gradient)
     _, slope = jax.jvp(residual, (phi,), (direction,))
     length = norm * _reciprocal(sum_of_squares(slope))
     # Where even that overflows, better no step than one that ends at infinity.
@@ -292,28 +295,13 @@ def _zero_counts(params: PyTree) -> jax.Array:
     greater than infinity.
     """
     for x in jax.tree.leaves(params):
-        weights = x.reshape(x.shape[0], -1)
-        return jnp.any(weights > jnp.inf, axis=1).astype(jnp.int32)
+        axes = tuple(range(1, x.ndim))
+        return jnp.any(x > jnp.inf, axis=axes).astype(jnp.int32)
     return jnp.zeros([0], jnp.int32)
-
-
-def _times(factor: jax.Array, leaf: jax.Array) -> jax.Array:
-    """A scalar, or one factor per replica, times a leaf."""
-    factor = factor.astype(leaf.dtype)
-    return leaf * (broadcast_to_leaf(factor, leaf) if factor.ndim else factor)
-
-
-def _scale(factor: jax.Array, tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: _times(factor, x), tree)
 
 
 def _add(tree: PyTree, other: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, tree, other)
-
-
-def _cast(tree: PyTree) -> PyTree:
-    """Casts every leaf to at least float32."""
-    return jax.tree.map(lambda x: x.astype(compute_dtype(x)), tree)
 
 
 def _positive(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-PyTree = Any
+from pranam_optax._tree import PyTree, check_replicas
 
 
 def as_key(key: int | jax.Array) -> jax.Array:
@@ -16,71 +16,6 @@ def as_key(key: int | jax.Array) -> jax.Array:
     if jnp.ndim(key) == 0 and jnp.issubdtype(jnp.result_type(key), jnp.integer):
         return jax.random.key(key)
     return jnp.asarray(key)
-
-
-def check_replicas(tree: PyTree, name: str) -> int:
-    """Checks that every leaf is floating with the same leading axis, and returns R.
-
-    A tree without leaves, such as Optax's placeholder for params, has R = 0.
-    """
-    first = None
-    num_replicas = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        where, shape, dtype = name + keystr(path), jnp.shape(leaf), leaf_dtype(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{where} has dtype {dtype} (shape {shape}); replicas need real "
-                "floating-point leaves. Leave other leaves out with optax.masked or "
-                "optax.partition."
-            )
-        if not shape or not shape[0]:
-            raise ValueError(
-                f"{where} has shape {shape} and no replica axis; every leaf needs a "
-                "leading axis of length R, the number of replicas (see replicate)."
-            )
-        if first is None:
-            first, num_replicas = f"{where} has shape {shape}", shape[0]
-        elif shape[0] != num_replicas:
-            raise ValueError(
-                f"leaves disagree on the number of replicas: {first}, {where} has "
-                f"shape {shape}; axis 0 must have the same length in every leaf."
-            )
-    return num_replicas
-
-
-def leaf_dtype(leaf: Any) -> jnp.dtype:
-    """The dtype of an array, a ShapeDtypeStruct or a Python number."""
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-
-
-def broadcast_to_leaf(values: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Reshapes `[R]` to `[R, 1, ...]`, so that it acts on each replica of `leaf`."""
-    return values.reshape(values.shape + (1,) * (leaf.ndim - 1))
-
-
-def mask_replicas(finite: jax.Array, tree: PyTree) -> PyTree:
-    """The tree with zeros in the replicas that are left out (`finite` is `[R]`)."""
-    return jax.tree.map(
-        lambda x: jnp.where(broadcast_to_leaf(finite, x), x, jnp.zeros_like(x)), tree
-    )
-
-
-def largest_magnitudes(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
-    """Largest |x| of each replica, `[R]`: NaN or Inf where the replica has either."""
-    return jax.tree.reduce(
-        jnp.maximum,
-        jax.tree.map(
-            lambda x: jnp.max(
-                jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0.0
-            ).astype(dtype),
-            tree,
-        ),
-    )
-
-
-def in_range(magnitudes: jax.Array) -> jax.Array:
-    """Whether numbers of these magnitudes can be squared: not NaN, not too large."""
-    return magnitudes < jnp.sqrt(jnp.finfo(magnitudes.dtype).max)
 
 
 def replicate(

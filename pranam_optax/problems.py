@@ -18,12 +18,9 @@ Examples:
   ((8,), (8, 2))
 
 References:
-  The names and formulas are those of the collections
-
-  - [SB] S. Surjanovic, D. Bingham, `Virtual Library of Simulation Experiments: Test
-    Functions and Datasets <https://www.sfu.ca/~ssurjano/optimization.html>`_, 2013.
-  - [JY] M. Jamil, X.-S. Yang, `A literature survey of benchmark functions for global
-    optimisation problems <https://arxiv.org/abs/1308.4008>`_, 2013.
+  [SB] S. Surjanovic, D. Bingham, `Virtual Library of Simulation Experiments: Test
+  Functions and Datasets <https://www.sfu.ca/~ssurjano/optimization.html>`_, 2013:
+  formulas, domains and minima of the functions.
 """
 
 from collections.abc import Callable, Sequence

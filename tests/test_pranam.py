@@ -606,6 +606,18 @@ def test_unknown_keywords_are_ignored():
     )
 
 
+def test_arrays_of_numpy_in_float64_without_x64():
+    params = {k: np.asarray(x, np.float64) for k, x in make_params().items()}
+    tx = pranam_optax.pranam()
+    state = tx.init(params)
+    updates, state = tx.update(params, state, params)
+    expected, expected_state = tx.update(
+        make_params(), tx.init(make_params()), make_params()
+    )
+    chex.assert_trees_all_equal_dtypes(updates, expected)
+    chex.assert_trees_all_close((updates, state), (expected, expected_state), atol=1e-6)
+
+
 def test_inject_hyperparams():
     params = make_params()
     grads = make_gradients(params)

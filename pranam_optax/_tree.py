@@ -1,0 +1,121 @@
+"""Arithmetic on trees with a replica axis: axis 0 of every leaf."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr
+
+PyTree = Any
+
+
+def leaf_dtype(leaf: Any) -> jnp.dtype:
+    """The dtype that an array, a ShapeDtypeStruct or a number has inside JAX."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def compute_dtype(*leaves: Any) -> jnp.dtype:
+    """The dtype of the embedding and of every norm: float64 if a leaf is, else float32.
+
+    Independent of the promotion mode, which may be strict.
+    """
+    wide = any(leaf_dtype(x) == jnp.float64 for x in leaves)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def check_replicas(tree: PyTree, name: str) -> int:
+    """Checks that every leaf is floating with the same leading axis, and returns R.
+
+    A tree without leaves, such as Optax's placeholder for params, has R = 0.
+    """
+    first = None
+    num_replicas = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        where, shape, dtype = name + keystr(path), jnp.shape(leaf), leaf_dtype(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{where} has dtype {dtype} (shape {shape}); replicas need real "
+                "floating-point leaves. Leave other leaves out with optax.masked or "
+                "optax.partition."
+            )
+        if not shape or not shape[0]:
+            raise ValueError(
+                f"{where} has shape {shape} and no replica axis; every leaf needs a "
+                "leading axis of length R, the number of replicas (see replicate)."
+            )
+        if first is None:
+            first, num_replicas = f"{where} has shape {shape}", shape[0]
+        elif shape[0] != num_replicas:
+            raise ValueError(
+                f"leaves disagree on the number of replicas: {first}, {where} has "
+                f"shape {shape}; axis 0 must have the same length in every leaf."
+            )
+    return num_replicas
+
+
+def broadcast_to_leaf(values: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Reshapes `[R]` to `[R, 1, ...]`, so that it acts on each replica of `leaf`."""
+    return values.reshape(values.shape + (1,) * (leaf.ndim - 1))
+
+
+def mask_replicas(finite: jax.Array, tree: PyTree) -> PyTree:
+    """The tree with zeros in the replicas that are left out (`finite` is `[R]`)."""
+    return jax.tree.map(
+        lambda x: jnp.where(broadcast_to_leaf(finite, x), x, jnp.zeros_like(x)), tree
+    )
+
+
+def largest_magnitudes(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
+    """Largest |x| of each replica, `[R]`: NaN or Inf where the replica has either."""
+    return jax.tree.reduce(
+        jnp.maximum,
+        jax.tree.map(
+            lambda x: jnp.max(
+                jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0.0
+            ).astype(dtype),
+            tree,
+        ),
+    )
+
+
+def in_range(magnitudes: jax.Array) -> jax.Array:
+    """Whether numbers of these magnitudes can be squared: not NaN, not too large."""
+    return magnitudes < jnp.sqrt(jnp.finfo(magnitudes.dtype).max)
+
+
+def sum_of_squares(tree: PyTree) -> jax.Array:
+    """Sum of squares of all elements, in the widest dtype of the leaves."""
+    dtype = compute_dtype(*jax.tree.leaves(tree))
+    sums = [jnp.sum(jnp.square(x)).astype(dtype) for x in jax.tree.leaves(tree)]
+    return sum(sums, start=jnp.zeros([], dtype))
+
+
+def replica_mean(tree: PyTree, finite: jax.Array) -> PyTree:
+    """Mean over the finite replicas."""
+    count = jnp.maximum(jnp.sum(finite), 1)
+    return jax.tree.map(
+        lambda x: jnp.sum(x, axis=0) / count.astype(x.dtype),
+        mask_replicas(finite, tree),
+    )
+
+
+def deviations_from(mean: PyTree, tree: PyTree, finite: jax.Array) -> PyTree:
+    """W - mean, zero for the replicas that are left out."""
+    return mask_replicas(finite, jax.tree.map(lambda x, m: x - m[None], tree, mean))
+
+
+def times(factor: jax.Array, leaf: jax.Array) -> jax.Array:
+    """A scalar, or one factor per replica, times a leaf."""
+    factor = factor.astype(leaf.dtype)
+    return leaf * (broadcast_to_leaf(factor, leaf) if factor.ndim else factor)
+
+
+def scale(factor: jax.Array, tree: PyTree) -> PyTree:
+    """A scalar, or one factor per replica, times a tree."""
+    return jax.tree.map(lambda x: times(factor, x), tree)
+
+
+def cast(tree: PyTree) -> PyTree:
+    """Casts every leaf to at least float32."""
+    return jax.tree.map(lambda x: jnp.asarray(x, compute_dtype(x)), tree)
