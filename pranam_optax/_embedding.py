@@ -385,7 +385,9 @@ def _fit(apply: _MLP, phi: MLPParams, params: PyTree, finite: jax.Array) -> MLPP
         )
         return optax.apply_updates(phi, updates), state
 
-    return jax.lax.fori_loop(0, _FIT_STEPS, step, (phi, solver.init(phi)))[0]
+    # Optax sums inner products of leaves of any dtype, also where promotion is strict.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.lax.fori_loop(0, _FIT_STEPS, step, (phi, solver.init(phi)))[0]
 
 
 def _moments(params: PyTree, finite: jax.Array) -> tuple[PyTree, PyTree]:

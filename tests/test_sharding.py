@@ -54,13 +54,16 @@ def test_sharded_replicas_equal_the_others_and_keep_their_shardings(mesh, model_
     tx = optax.chain(pranam_optax.pranam(coupling=0.8), optax.sgd(1e-2))
     grad_fn = pranam_optax.replica_value_and_grad(loss)
 
-    @jax.jit
-    def step(params, state):
-        _, grads = grad_fn(params, x)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    def make_step():
+        @jax.jit
+        def step(params, state):
+            _, grads = grad_fn(params, x)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
 
-    sharded_step = jax.jit(step.__wrapped__)
+        return step
+
+    step, sharded_step = make_step(), make_step()
     state, sharded_state = jax.jit(tx.init)(params), jax.jit(tx.init)(sharded)
     for _ in range(3):
         params, state = step(params, state)
