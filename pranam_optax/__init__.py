@@ -6,6 +6,8 @@ from pranam_optax._embedding import embedding_output as embedding_output
 from pranam_optax._embedding import mlp_embedding as mlp_embedding
 from pranam_optax._pranam import PranamState as PranamState
 from pranam_optax._pranam import pranam as pranam
+from pranam_optax._reparametrize import ReparametrizeState as ReparametrizeState
+from pranam_optax._reparametrize import reparametrize as reparametrize
 from pranam_optax._replicas import best_replica as best_replica
 from pranam_optax._replicas import replica_value_and_grad as replica_value_and_grad
 from pranam_optax._replicas import replicate as replicate
@@ -16,11 +18,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Embedding",
     "PranamState",
+    "ReparametrizeState",
     "best_replica",
     "embedding_output",
     "mlp_embedding",
     "pranam",
     "problems",
+    "reparametrize",
     "replica_value_and_grad",
     "replicate",
     "select_replica",

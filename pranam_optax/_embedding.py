@@ -259,7 +259,8 @@ def embedding_output(state: PyTree) -> PyTree:
     r"""The embedding's output :math:`f(\phi)` out of an optimizer state.
 
     Args:
-      state: the state of `pranam`, or of any chain or wrapper that holds one.
+      state: the state of `pranam` or `reparametrize`, or of any chain or wrapper that
+        holds one.
 
     Returns:
       A pytree like the stacked params, in at least float32.
@@ -284,7 +285,7 @@ def embedding_output(state: PyTree) -> PyTree:
     if len(embeddings) != 1:
         raise ValueError(
             f"expected a state with one embedding, found {len(embeddings)}; pass the "
-            "state of one pranam transformation, or of a chain that holds one"
+            "state of one such transformation, or of a chain that holds one"
         )
     return embeddings[0]()
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import Partial, keystr
+from jax.tree_util import Partial
 
 from pranam_optax._embedding import (
     Embedding,
@@ -21,6 +21,7 @@ from pranam_optax._tree import (
     broadcast_to_leaf,
     cast,
     check_replicas,
+    check_update,
     compute_dtype,
     deviations_from,
     in_range,
@@ -30,6 +31,7 @@ from pranam_optax._tree import (
     scale,
     sum_of_squares,
     times,
+    zero_counts,
 )
 
 Coupling = float | jax.Array | np.ndarray | Callable[[jax.Array], jax.Array]
@@ -165,14 +167,14 @@ def pranam(
             count=jnp.zeros([], jnp.int32),
             embedding=Partial(embedding.apply, phi),
             projection=optax.EmptyState() if solver is None else solver.init(phi),
-            nonfinite=_zero_counts(params),
+            nonfinite=zero_counts(params),
         )
 
     def update_fn(
         updates: PyTree, state: PranamState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, PranamState]:
         del extra_args
-        num_replicas = _check_update(updates, params, state)
+        num_replicas = check_update("pranam", updates, params, state.nonfinite)
         f, phi = state.embedding.func, state.embedding.args[0]
         dtype = compute_dtype(*jax.tree.leaves((updates, params)))
 
@@ -288,18 +290,6 @@ def _line_search(
     )
 
 
-def _zero_counts(params: PyTree) -> jax.Array:
-    """A zero for each replica, sharded as the replicas are.
-
-    Under jit only what depends on the params is sharded like them; and no weight is
-    greater than infinity.
-    """
-    for x in jax.tree.leaves(params):
-        axes = tuple(range(1, x.ndim))
-        return jnp.any(x > jnp.inf, axis=axes).astype(jnp.int32)
-    return jnp.zeros([0], jnp.int32)
-
-
 def _add(tree: PyTree, other: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, tree, other)
 
@@ -336,46 +326,3 @@ def _coupling_at(
             f"replica, ({num_replicas},)"
         )
     return jnp.broadcast_to(jnp.clip(value, 0.0, 1.0), (num_replicas,))
-
-
-def _check_update(updates: PyTree, params: PyTree, state: PranamState) -> int:
-    """Checks what `update` was given against the state, and returns R."""
-    if params is None:
-        raise ValueError(
-            "pranam needs the replicas' params: call tx.update(grads, state, params)"
-        )
-    num_replicas = check_replicas(updates, "updates")
-    check_replicas(params, "params")
-    if not num_replicas:
-        raise ValueError("updates has no leaves; pranam needs at least one")
-    update_shapes, param_shapes = (
-        {
-            keystr(path): jnp.shape(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (updates, params)
-    )
-    for path in update_shapes | param_shapes:
-        ours, theirs = update_shapes.get(path), param_shapes.get(path)
-        if ours != theirs:
-            raise ValueError(
-                "updates and params must have the same structure and shapes, but "
-                f"updates{path} {_describe(ours)} and params{path} {_describe(theirs)}"
-            )
-    update_structure: Any = jax.tree.structure(updates)
-    param_structure = jax.tree.structure(params)
-    if update_structure != param_structure:
-        raise ValueError(
-            "updates and params must have the same structure, but updates is "
-            f"{update_structure} and params is {param_structure}"
-        )
-    if state.nonfinite.shape != (num_replicas,):
-        raise ValueError(
-            f"updates has {num_replicas} replicas, but the state was initialised for "
-            f"{state.nonfinite.shape[0]}"
-        )
-    return num_replicas
-
-
-def _describe(shape: tuple[int, ...] | None) -> str:
-    return "is missing" if shape is None else f"has shape {shape}"

@@ -1,4 +1,4 @@
-"""Arithmetic on trees with a replica axis: axis 0 of every leaf."""
+"""Checks of and arithmetic on trees with a replica axis: axis 0 of every leaf."""
 
 from typing import Any
 
@@ -52,6 +52,66 @@ def check_replicas(tree: PyTree, name: str) -> int:
                 f"shape {shape}; axis 0 must have the same length in every leaf."
             )
     return num_replicas
+
+
+def check_update(
+    name: str, updates: PyTree, params: PyTree, nonfinite: jax.Array
+) -> int:
+    """Checks what `update` was given against the state's counts, and returns R.
+
+    `name` is what the messages call the transformation.
+    """
+    if params is None:
+        raise ValueError(
+            f"{name} needs the replicas' params: call tx.update(grads, state, params)"
+        )
+    num_replicas = check_replicas(updates, "updates")
+    check_replicas(params, "params")
+    if not num_replicas:
+        raise ValueError(f"updates has no leaves; {name} needs at least one")
+    update_shapes, param_shapes = (
+        {
+            keystr(path): jnp.shape(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (updates, params)
+    )
+    for path in update_shapes | param_shapes:
+        ours, theirs = update_shapes.get(path), param_shapes.get(path)
+        if ours != theirs:
+            raise ValueError(
+                "updates and params must have the same structure and shapes, but "
+                f"updates{path} {_describe(ours)} and params{path} {_describe(theirs)}"
+            )
+    update_structure: Any = jax.tree.structure(updates)
+    param_structure = jax.tree.structure(params)
+    if update_structure != param_structure:
+        raise ValueError(
+            "updates and params must have the same structure, but updates is "
+            f"{update_structure} and params is {param_structure}"
+        )
+    if nonfinite.shape != (num_replicas,):
+        raise ValueError(
+            f"updates has {num_replicas} replicas, but the state was initialised for "
+            f"{nonfinite.shape[0]}"
+        )
+    return num_replicas
+
+
+def _describe(shape: tuple[int, ...] | None) -> str:
+    return "is missing" if shape is None else f"has shape {shape}"
+
+
+def zero_counts(params: PyTree) -> jax.Array:
+    """A zero for each replica, sharded as the replicas are.
+
+    Under jit only what depends on the params is sharded like them; and no weight is
+    greater than infinity.
+    """
+    for x in jax.tree.leaves(params):
+        axes = tuple(range(1, x.ndim))
+        return jnp.any(x > jnp.inf, axis=axes).astype(jnp.int32)
+    return jnp.zeros([0], jnp.int32)
 
 
 def broadcast_to_leaf(values: jax.Array, leaf: jax.Array) -> jax.Array:
