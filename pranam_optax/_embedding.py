@@ -116,7 +116,7 @@ class _MLP:
 def mlp_embedding(
     features: Sequence[int] = (4,),
     *,
-    activation: Activation = jax.nn.relu,
+    activation: Activation | Sequence[Activation] = jax.nn.relu,
     output_activation: Activation | None = None,
     use_bias: bool = True,
     kernel_init: jax.nn.initializers.Initializer | None = None,
@@ -127,7 +127,7 @@ def mlp_embedding(
     With a table :math:`Z` of one code per replica, replica r's weights are
 
     .. math::
-      h_0 = Z_r, \quad h_i = a(h_{i-1} A_i + b_i), \quad
+      h_0 = Z_r, \quad h_i = a_i(h_{i-1} A_i + b_i), \quad
       f(\phi)_r = o(h_d B + \beta)
 
     where the trunk :math:`A_i, b_i` is shared by all replicas and the heads
@@ -139,7 +139,8 @@ def mlp_embedding(
     Args:
       features: `features[0]` is the width K of the table, the others are the widths
         of the trunk's dense layers.
-      activation: activation :math:`a` of the trunk's layers.
+      activation: activation :math:`a_i` of the trunk's layers: one for all, or a
+        sequence of one for each of the `len(features) - 1` layers.
       output_activation: activation :math:`o` of the output, such as `jnp.tanh` or
         `jax.nn.soft_sign`; None for a linear output.
       use_bias: whether trunk and output have biases.
@@ -162,7 +163,8 @@ def mlp_embedding(
       An `Embedding`. Its parameters are `MLPParams`, in at least float32.
 
     Raises:
-      ValueError: if `features` is empty or not positive, or `warmup` is unknown.
+      ValueError: if `features` is empty or not positive, `activation` has another
+        length than the trunk, or `warmup` is unknown.
 
     Examples:
       >>> import jax, jax.numpy as jnp, pranam_optax
@@ -189,7 +191,15 @@ def mlp_embedding(
         raise ValueError(
             f"warmup must be 'fit', 'rescale', 'adapter' or 'none', got {warmup!r}"
         )
-    apply = _MLP((activation,) * (len(widths) - 1), output_activation)
+    depth = len(widths) - 1
+    activations = (activation,) * depth if callable(activation) else tuple(activation)
+    if len(activations) != depth:
+        raise ValueError(
+            f"activation has {len(activations)} entries, but features {widths} make a "
+            f"trunk of {depth} layers; each needs one (see output_activation for the "
+            "output's)"
+        )
+    apply = _MLP(activations, output_activation)
     kernel_init = _lecun_normal if kernel_init is None else kernel_init
 
     def init(key: jax.Array, params: PyTree) -> MLPParams:

@@ -146,6 +146,23 @@ def test_output_equals_the_layers_written_out():
     np.testing.assert_allclose(embedding.apply(phi)["w"], output, rtol=1e-5, atol=1e-6)
 
 
+def test_activations_of_each_layer():
+    params = make_params()
+    embedding, phi = start(
+        params, (3, 5, 2), activation=(jnp.tanh, jnp.sin), warmup="none"
+    )
+    hidden = np.tanh(phi.table @ phi.trunk[0].kernel + phi.trunk[0].bias[None])
+    hidden = np.sin(hidden @ phi.trunk[1].kernel + phi.trunk[1].bias[None])
+    output = hidden @ phi.heads["b"] + phi.bias["b"]
+    np.testing.assert_allclose(embedding.apply(phi)["b"], output, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", [[], [jnp.tanh], [jnp.tanh] * 3])
+def test_activations_must_be_as_many_as_layers(activation):
+    with pytest.raises(ValueError, match=r"activation has . entries, but .* 2 layers"):
+        pranam_optax.mlp_embedding((3, 5, 2), activation=activation)
+
+
 def test_key_draws_what_is_random():
     params = make_params()
     _, phi = start(params, warmup="none")
@@ -212,6 +229,8 @@ def test_equal_embeddings_have_equal_apply_functions():
     assert first.apply != pranam_optax.mlp_embedding((4, 8, 8)).apply
     tanh = pranam_optax.mlp_embedding((4, 8), activation=jnp.tanh)
     assert first.apply != tanh.apply
+    listed = pranam_optax.mlp_embedding((4, 8), activation=[jnp.tanh])
+    assert listed.apply == tanh.apply
 
 
 def test_projection_loss_is_the_literal_one():
