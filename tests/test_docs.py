@@ -1,0 +1,42 @@
+"""The code of the pages in docs/ runs, block after block."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pranam_optax
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def run_blocks(page):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    assert blocks
+    namespaces, namespace = [], {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{page}, block {number}", "exec"), namespace)
+        namespaces.append(dict(namespace))
+    return namespaces
+
+
+def test_original(optax_promotion):
+    program, partition, shared_row, adam = run_blocks("original.md")
+    assert jnp.all(jnp.abs(program["params"]) <= 500)
+
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}
+    state = partition["tx"].init(params)
+    assert pranam_optax.embedding_output(state)["w"].shape == (3, 2)
+    updates, _ = partition["tx"].update(params, state, params)
+    np.testing.assert_allclose(updates["b"], -1e-3, rtol=1e-5)
+
+    tx = shared_row["tx"]
+    updates, state = tx.update(params, tx.init(params), params)
+    output = pranam_optax.embedding_output(state)
+    np.testing.assert_allclose(params["w"] + updates["w"], output["w"], rtol=1e-5)
+
+    tx = adam["tf1_adam"](0.1)
+    updates, _ = tx.update(params, tx.init(params), params)
+    jax.tree.map(lambda u: np.testing.assert_allclose(u, -0.1, rtol=1e-5), updates)
