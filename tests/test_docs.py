@@ -1,4 +1,4 @@
-"""The code of the pages in docs/ runs, block after block."""
+"""The code of the README and of the pages in docs/ runs, block after block."""
 
 import re
 from pathlib import Path
@@ -9,11 +9,11 @@ import numpy as np
 
 import pranam_optax
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
 
 
 def run_blocks(page):
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     namespaces, namespace = [], {}
     for number, block in enumerate(blocks):
@@ -22,8 +22,14 @@ def run_blocks(page):
     return namespaces
 
 
+def test_readme(optax_promotion):
+    (example,) = run_blocks("README.md")
+    assert example["values"].mean() < 0.01
+    assert example["problem"].fun(example["best"]) < 0.01
+
+
 def test_original(optax_promotion):
-    program, partition, shared_row, adam = run_blocks("original.md")
+    program, partition, shared_row, adam = run_blocks("docs/original.md")
     assert jnp.all(jnp.abs(program["params"]) <= 500)
 
     params = {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}

@@ -38,6 +38,14 @@ def specs(tree):
 
 
 @pytest.mark.parametrize(
+    "transformation",
+    [
+        pranam_optax.pranam(coupling=0.8),
+        pranam_optax.reparametrize(optax.sgd(1e-2)),
+    ],
+    ids=["pranam", "reparametrize"],
+)
+@pytest.mark.parametrize(
     "model_spec",
     [
         {"w": PartitionSpec("replicas"), "b": PartitionSpec("replicas")},
@@ -47,11 +55,13 @@ def specs(tree):
         },
     ],
 )
-def test_sharded_replicas_equal_the_others_and_keep_their_shardings(mesh, model_spec):
+def test_sharded_replicas_equal_the_others_and_keep_their_shardings(
+    mesh, model_spec, transformation
+):
     params, x = make_params(), jax.random.normal(jax.random.key(1), (5, 6))
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), model_spec)
     sharded = jax.tree.map(jax.device_put, params, shardings)
-    tx = optax.chain(pranam_optax.pranam(coupling=0.8), optax.sgd(1e-2))
+    tx = optax.chain(transformation, optax.scale(-1e-2))
     grad_fn = pranam_optax.replica_value_and_grad(loss)
 
     def make_step():
