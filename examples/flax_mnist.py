@@ -223,7 +223,7 @@ def main() -> None:
 
     data = load_mnist(args.data_dir)
     model = MLP(args.hidden)
-    rates = {"Adam": 1e-2, "pranam + Adam": 1e-2}
+    rates = {"Adam": 1.5e-2, "pranam + Adam": 1.5e-2}
     rows = []
     for name, rate in rates.items():
         trained = train(

@@ -26,6 +26,7 @@ from pranam_optax._tree import (
     deviations_from,
     in_range,
     largest_magnitudes,
+    leaf_dtype,
     mask_replicas,
     replica_mean,
     scale,
@@ -252,7 +253,7 @@ def pranam(
 
         def mix(original: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
             update = times(per_pull, p) + times(per_gradient, g)
-            update = update.astype(original.dtype)
+            update = update.astype(leaf_dtype(original))
             if not normalize_updates:  # c = 0: bit for bit, signed zeros too
                 independent = broadcast_to_leaf(c == 0, original)
                 update = jnp.where(independent, original, update)

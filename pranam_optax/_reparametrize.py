@@ -16,6 +16,7 @@ from pranam_optax._tree import (
     check_update,
     compute_dtype,
     largest_magnitudes,
+    leaf_dtype,
     mask_replicas,
     zero_counts,
 )
@@ -142,7 +143,7 @@ def reparametrize(
 
         # 3. U = f(phi') - W
         moves = jax.tree.map(
-            lambda y, w, g: (y.astype(w.dtype) - w).astype(g.dtype),
+            lambda y, w, g: (y.astype(w.dtype) - w).astype(leaf_dtype(g)),
             f(phi),
             cast(params),
             updates,
