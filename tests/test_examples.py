@@ -30,6 +30,54 @@ def test_quickstart_gives_all_methods_the_same_problem_and_replicas(optax_promot
     assert not np.array_equal(first[0][1], first[2][1])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rate"), [("Schwefel", 0.3), ("Ackley", 0.01)])
+def test_quickstart_reaches_minima_that_adam_does_not(name, rate, optax_promotion):
+    setting = quickstart.Setting(tuning_seeds=range(1))
+    problem = quickstart.make_problems(setting.dim)[name]
+    methods = quickstart.make_methods(setting.num_steps)
+
+    def result(method, rates):
+        with quickstart.tqdm(disable=True) as progress:
+            return quickstart.compare(
+                problem,
+                methods[method],
+                setting._replace(learning_rates=rates),
+                progress,
+            )
+
+    adam = result("Adam", quickstart.LEARNING_RATES)
+    ours = result("pranam + Adam", (rate,))
+    assert adam.mean.mean() > 10 * ours.mean.mean()
+    assert np.sum(ours.best < 1) >= 8
+    assert np.sum(adam.best < 1) == 0
+
+
+@pytest.mark.slow
+def test_mnist_is_learned_better_than_by_adam(optax_promotion):
+    if not flax_mnist.SHARED.is_dir():
+        pytest.skip(f"no MNIST at {flax_mnist.SHARED}")
+    data, rate, num_steps = flax_mnist.load_mnist(), 1.5e-2, 2000
+    loss, accuracy = {}, {}
+    for method in ("Adam", "pranam + Adam"):
+        runs = [
+            flax_mnist.train(
+                flax_mnist.MLP((10, 10)),
+                data,
+                flax_mnist.make_optimizer(method, rate, num_steps),
+                num_replicas=16,
+                num_steps=num_steps,
+                batch_size=128,
+                seed=seed,
+            )
+            for seed in range(100, 103)
+        ]
+        loss[method] = np.mean([run.train_loss for run in runs])
+        accuracy[method] = np.mean([run.test_accuracy for run in runs])
+    assert loss["pranam + Adam"] < 0.85 * loss["Adam"]
+    assert accuracy["pranam + Adam"] > accuracy["Adam"] + 0.005
+
+
 def test_interval_of_the_mean():
     values = np.arange(10.0)
     low, high = quickstart.interval(values)
