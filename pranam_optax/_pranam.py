@@ -204,7 +204,7 @@ def pranam(
         rounding = 8 * jnp.finfo(dtype).eps * weight_rms
         sigma = jnp.where(spread > rounding, spread, _positive(weight_rms))
         distance = jnp.asarray(step_size, dtype) * sigma
-        target = _add(weights, scale(-distance, normalized))
+        target = jax.tree.map(jnp.subtract, weights, scale(distance, normalized))
 
         # 3. l(phi) = 1/2 ||f(phi) - T||^2
         def loss(phi: PyTree) -> jax.Array:
@@ -289,10 +289,6 @@ def _line_search(
     return jax.tree.map(
         lambda d: jnp.where(valid, -length.astype(d.dtype) * d, 0.0), direction
     )
-
-
-def _add(tree: PyTree, other: PyTree) -> PyTree:
-    return jax.tree.map(jnp.add, tree, other)
 
 
 def _positive(x: jax.Array) -> jax.Array:

@@ -19,3 +19,16 @@ def optax_promotion():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def assert_stable():
+    """Asserts that a step left the types of a tree as they were."""
+
+    def check(old, new):
+        assert jax.tree.structure(old) == jax.tree.structure(new)
+        for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+            assert jax.typeof(x) == jax.typeof(y)  # weak types too
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+    return check
