@@ -282,7 +282,7 @@ def bound(problem: Problem) -> Problem:
     The function is mirrored at the faces of the box, and a penalty is added that
     grows with the distance :math:`e_i` from the box, of width :math:`b_i`:
 
-    .. math:: 100 \; 	extstylerac1d \sum_i (e_i / b_i)^2
+    .. math:: 100 \; \tfrac1d \sum_i (e_i / b_i)^2
 
     For `schwefel` that is :math:`e_i^2 / (10000 d)` per coordinate, as in the
     modified Schwefel function of the CEC 2014 competition.
