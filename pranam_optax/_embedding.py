@@ -20,13 +20,18 @@ from pranam_optax._tree import (
     largest_magnitudes,
     mask_replicas,
     replica_mean,
+    scale,
     sum_of_squares,
+    times,
 )
 
 Activation = Callable[[jax.Array], jax.Array]
 
 # Projection steps of a "fit" that has no closed form.
 _FIT_STEPS = 200
+
+# Up to this width, products with heads are written as sums of outer products.
+_MAX_FUSED_WIDTH = 16
 
 
 class Embedding(NamedTuple):
@@ -84,6 +89,30 @@ def _matmul(features: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
+@jax.custom_vjp
+def _product(features: jax.Array, heads: jax.Array) -> jax.Array:
+    """`_matmul`; when narrow as a sum of outer products, fused into what reads it."""
+    width = heads.shape[0]
+    if width > _MAX_FUSED_WIDTH:
+        return _matmul(features, heads)
+    columns = features.astype(heads.dtype)
+    terms = [times(columns[:, i], heads[i][None]) for i in range(width)]
+    return functools.reduce(jnp.add, terms)
+
+
+def _product_fwd(features: jax.Array, heads: jax.Array) -> tuple[jax.Array, Any]:
+    return _product(features, heads), (features, heads)
+
+
+def _product_bwd(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    features, heads = residuals
+    to_features = _inner(cotangent, heads).astype(features.dtype)
+    return to_features, _matmul(features.T, cotangent)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
 @dataclasses.dataclass(frozen=True)
 class _MLP:
     """`apply` of `mlp_embedding`; compares equal for equal activations."""
@@ -91,16 +120,28 @@ class _MLP:
     activations: tuple[Activation, ...]
     output_activation: Activation | None
 
-    def __call__(self, phi: MLPParams) -> PyTree:
+    def factors(self, phi: MLPParams) -> tuple[jax.Array, PyTree]:
+        """Features `[R, H]` and heads, the bias among them, to be multiplied."""
         features = phi.table
         for layer, activation in zip(phi.trunk, self.activations, strict=True):
             features = _matmul(features, layer.kernel)
             if layer.bias is not None:
                 features = features + layer.bias[None]
             features = activation(features)
-        output = jax.tree.map(lambda head: _matmul(features, head), phi.heads)
-        if phi.bias is not None:
-            output = jax.tree.map(lambda x, b: x + b[None], output, phi.bias)
+        if phi.bias is None:
+            return features, phi.heads
+        ones = jnp.ones_like(features, shape=(features.shape[0], 1))
+        return jnp.concatenate([features, ones], axis=1), jax.tree.map(
+            lambda x, b: jnp.concatenate([x, b[None]]), phi.heads, phi.bias
+        )
+
+    def is_product(self, phi: MLPParams) -> bool:
+        """Whether the output is the product of the factors, and nothing follows."""
+        return self.output_activation is None and phi.scale is None
+
+    def __call__(self, phi: MLPParams) -> PyTree:
+        features, heads = self.factors(phi)
+        output = jax.tree.map(lambda head: _product(features, head), heads)
         if self.output_activation is not None:
             output = jax.tree.map(self.output_activation, output)
         if phi.shift is not None:
@@ -304,16 +345,40 @@ def projection_loss(
     apply: Callable[[PyTree], PyTree], phi: PyTree, target: PyTree, finite: jax.Array
 ) -> jax.Array:
     r""":math:`\frac12 \|f(\phi) - T\|^2` over the finite replicas."""
-    residual = projection_residual(apply, phi, target, finite)
-    return 0.5 * sum_of_squares(residual)
+    residual = jax.tree.map(jnp.subtract, apply(phi), jax.lax.stop_gradient(target))
+    return 0.5 * sum_of_squares(mask_replicas(finite, residual))
 
 
-def projection_residual(
-    apply: Callable[[PyTree], PyTree], phi: PyTree, target: PyTree, finite: jax.Array
-) -> PyTree:
-    """f(phi) - T, zero for the replicas that are left out."""
-    target = jax.lax.stop_gradient(target)
-    return mask_replicas(finite, jax.tree.map(jnp.subtract, apply(phi), target))
+def squared_slope(
+    apply: Callable[[PyTree], PyTree],
+    phi: PyTree,
+    direction: PyTree,
+    finite: jax.Array,
+) -> jax.Array:
+    r""":math:`\|J_f d\|^2` over the finite replicas."""
+    if isinstance(apply, _MLP) and apply.is_product(phi):
+        # J d = dA B + A dB with A `[R, H]` and B `[H, n]`: its norm comes from Gram
+        # matrices of 2H x 2H, without forming any `[R, n]`.
+        (a, b), (da, db) = jax.jvp(apply.factors, (phi,), (direction,))
+        left = mask_replicas(finite, jnp.concatenate([da, a], axis=1))
+        right = jax.tree.map(lambda x, dx: jnp.concatenate([x, dx]), b, db)
+        return jnp.sum(_gram(left.T, left.dtype) * _gram(right, left.dtype))
+    # The transpose of the transpose, since apply may have a custom_vjp.
+    output, pull_back = jax.vjp(apply, phi)
+    (slope,) = jax.linear_transpose(lambda y: pull_back(y)[0], output)(direction)
+    return sum_of_squares(mask_replicas(finite, slope))
+
+
+def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Inner products of the entries of axis 0 of x and y, over all other axes."""
+    axes = tuple(range(1, x.ndim))
+    return jnp.tensordot(x, y, (axes, axes), precision=jax.lax.Precision.HIGHEST)
+
+
+def _gram(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
+    """Inner products between the entries of axis 0, over all other axes and leaves."""
+    grams = jax.tree.map(lambda x: _inner(x, x).astype(dtype), tree)
+    return jax.tree.reduce(jnp.add, grams)
 
 
 def _principal_directions(
@@ -333,12 +398,7 @@ def _principal_directions(
     num_replicas = leaves[0].shape[0]
     unit = jnp.max(largest_magnitudes(deviations, dtype))
     unit = jnp.where(unit > 0, unit, 1.0)
-    gram = jnp.zeros((num_replicas, num_replicas), dtype)
-    for x in leaves:
-        x, axes = x / unit.astype(x.dtype), tuple(range(1, x.ndim))
-        gram += jnp.tensordot(
-            x, x, axes=(axes, axes), precision=jax.lax.Precision.HIGHEST
-        ).astype(dtype)
+    gram = _gram(scale(1 / unit, deviations), dtype)
     vectors = jnp.linalg.eigh(gram)[1][:, ::-1]  # largest first
     vectors = jnp.pad(vectors, ((0, 0), (0, max(width - num_replicas, 0))))[:, :width]
     projections = jax.tree.map(lambda x: _matmul(vectors.T, x), deviations)

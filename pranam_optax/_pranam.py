@@ -1,5 +1,6 @@
 """The transformation `pranam`: replica gradients, projected onto an embedding."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from pranam_optax._embedding import (
     Embedding,
     mlp_embedding,
     projection_loss,
-    projection_residual,
+    squared_slope,
 )
 from pranam_optax._replicas import as_key
 from pranam_optax._tree import (
@@ -25,11 +26,12 @@ from pranam_optax._tree import (
     compute_dtype,
     deviations_from,
     in_range,
-    largest_magnitudes,
     leaf_dtype,
     mask_replicas,
     replica_mean,
+    replica_norms,
     scale,
+    scaled_replica_norms,
     sum_of_squares,
     times,
     zero_counts,
@@ -175,32 +177,40 @@ def pranam(
         updates: PyTree, state: PranamState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, PranamState]:
         del extra_args
-        num_replicas = check_update("pranam", updates, params, state.nonfinite)
+        check_update("pranam", updates, params, state.nonfinite)
+        return step(updates, state, params)
+
+    @jax.jit
+    def step(
+        updates: PyTree, state: PranamState, params: PyTree
+    ) -> tuple[PyTree, PranamState]:
+        (num_replicas,) = state.nonfinite.shape
         f, phi = state.embedding.func, state.embedding.args[0]
         dtype = compute_dtype(*jax.tree.leaves((updates, params)))
 
-        largest_gradients = largest_magnitudes(updates, dtype)
-        largest_weights = largest_magnitudes(params, dtype)
-        finite = jnp.isfinite(largest_gradients) & in_range(largest_weights)
+        gradient_norms = scaled_replica_norms(updates, dtype)
+        weight_norms = replica_norms(params, dtype)
+        finite = jnp.isfinite(gradient_norms) & in_range(weight_norms)
         gradients = mask_replicas(finite, cast(updates))
         weights = mask_replicas(finite, cast(params))
-        # Units in which squares neither overflow nor underflow.
-        gradient_unit = _positive(jnp.max(largest_gradients, where=finite, initial=0))
-        weight_unit = _positive(jnp.max(largest_weights, where=finite, initial=0))
         size = sum(x.size for x in jax.tree.leaves(params)) // num_replicas
         count = jnp.maximum(jnp.sum(finite), 1).astype(dtype) * size
 
-        def rms(tree: PyTree, unit: jax.Array) -> jax.Array:
-            return unit * jnp.sqrt(sum_of_squares(scale(1 / unit, tree)) / count)
+        def root_mean(norms: jax.Array) -> jax.Array:
+            largest = _positive(jnp.max(norms, where=finite, initial=0.0))
+            total = jnp.sum(jnp.square(norms / largest), where=finite)
+            return largest * jnp.sqrt(total / count)
+
+        def rms(tree: PyTree) -> jax.Array:
+            return jnp.sqrt(sum_of_squares(tree) / count)
 
         # 1. G^ = G / rms(G)
-        gradient_rms = rms(gradients, gradient_unit)
+        gradient_rms, weight_rms = root_mean(gradient_norms), root_mean(weight_norms)
         normalized = scale(_reciprocal(gradient_rms), gradients)
 
         # 2. T = W - s * sigma * G^
-        mean = replica_mean(weights, finite)
-        spread = rms(deviations_from(mean, weights, finite), weight_unit)
-        weight_rms = rms(weights, weight_unit)
+        mean = replica_mean(cast(params), finite)
+        spread = rms(deviations_from(mean, weights, finite))
         rounding = 8 * jnp.finfo(dtype).eps * weight_rms
         sigma = jnp.where(spread > rounding, spread, _positive(weight_rms))
         distance = jnp.asarray(step_size, dtype) * sigma
@@ -210,8 +220,8 @@ def pranam(
         def loss(phi: PyTree) -> jax.Array:
             return projection_loss(f, phi, target, finite)
 
-        def residual(phi: PyTree) -> PyTree:
-            return projection_residual(f, phi, target, finite)
+        def slope(phi: PyTree, direction: PyTree) -> jax.Array:
+            return squared_slope(f, phi, direction, finite)
 
         # 4. phi' = phi - alpha grad l(phi), or a step of the projection optimizer
         def project(
@@ -220,7 +230,7 @@ def pranam(
             phi, solver_state = carry
             value, gradient = jax.value_and_grad(loss)(phi)
             if solver is None:
-                steps = _line_search(residual, phi, gradient)
+                steps = _line_search(functools.partial(slope, phi), gradient)
             else:
                 steps, solver_state = solver.update(
                     gradient,
@@ -233,12 +243,16 @@ def pranam(
             return optax.apply_updates(phi, steps), solver_state
 
         phi, projection = jax.lax.fori_loop(
-            0, projection_steps, project, (phi, state.projection)
+            0,
+            projection_steps,
+            project,
+            (phi, state.projection),
+            unroll=projection_steps == 1,
         )
 
         # 5. P = W - f(phi')
         pull = mask_replicas(finite, jax.tree.map(jnp.subtract, weights, f(phi)))
-        pull_rms = rms(pull, weight_unit)
+        pull_rms = rms(pull)
         # A pull that is nothing but rounding is no pull.
         pull_rms = jnp.where(pull_rms > rounding, pull_rms, 0.0)
 
@@ -271,7 +285,7 @@ def pranam(
 
 
 def _line_search(
-    residual: Callable[[PyTree], PyTree], phi: PyTree, gradient: PyTree
+    squared_slope: Callable[[PyTree], jax.Array], gradient: PyTree
 ) -> PyTree:
     """-alpha grad l, with alpha = ||grad l||^2 / ||J grad l||^2."""
     leaves = jax.tree.leaves(gradient)
@@ -282,8 +296,7 @@ def _line_search(
     unit = _positive(jnp.max(jnp.stack(largest)))
     norm = unit * jnp.sqrt(sum_of_squares(scale(1 / unit, gradient)))
     direction = scale(_reciprocal(norm), gradient)
-    _, slope = jax.jvp(residual, (phi,), (direction,))
-    length = norm * _reciprocal(sum_of_squares(slope))
+    length = norm * _reciprocal(squared_slope(direction))
     # Where even that overflows, better no step than one that ends at infinity.
     valid = jnp.isfinite(norm) & jnp.isfinite(length)
     return jax.tree.map(
