@@ -13,6 +13,8 @@ from pranam_optax._replicas import best_replica as best_replica
 from pranam_optax._replicas import replica_value_and_grad as replica_value_and_grad
 from pranam_optax._replicas import replicate as replicate
 from pranam_optax._replicas import select_replica as select_replica
+from pranam_optax._weighting import WeightReplicasState as WeightReplicasState
+from pranam_optax._weighting import weight_replicas as weight_replicas
 
 __version__ = "0.1.0"
 
@@ -20,6 +22,7 @@ __all__ = [
     "Embedding",
     "PranamState",
     "ReparametrizeState",
+    "WeightReplicasState",
     "best_replica",
     "embedding_output",
     "mlp_embedding",
@@ -30,4 +33,5 @@ __all__ = [
     "replica_value_and_grad",
     "replicate",
     "select_replica",
+    "weight_replicas",
 ]

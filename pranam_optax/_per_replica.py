@@ -9,7 +9,7 @@ import optax
 from jax.tree_util import keystr
 
 from pranam_optax._replicas import check_values
-from pranam_optax._tree import PyTree, broadcast_to_leaf, check_replicas, zero_counts
+from pranam_optax._tree import PyTree, check_replicas, zero_counts
 
 
 def per_replica(
@@ -62,7 +62,9 @@ def per_replica(
     def init_fn(params: PyTree) -> PyTree:
         if not check_replicas(params, "params"):  # nothing, or Optax's placeholder
             return tx.init(params)
-        return _place(jax.vmap(tx.init)(params), zero_counts(params))
+        return jax.vmap(lambda w, zero: _place(tx.init(w), zero))(
+            params, zero_counts(params)
+        )
 
     def update_fn(
         updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any
@@ -84,16 +86,23 @@ def per_replica(
         )
 
         def update_one(
-            updates: PyTree, state: PyTree, params: PyTree, mapped: list[Any]
+            updates: PyTree,
+            state: PyTree,
+            params: PyTree,
+            mapped: list[Any],
+            zero: jax.Array,
         ) -> tuple[PyTree, PyTree]:
             parts = [
                 x if part is None else part
                 for x, part in zip(leaves, mapped, strict=True)
             ]
             extra_args = jax.tree.unflatten(treedef, parts)
-            return tx.update(updates, state, params, **extra_args)
+            updates, state = tx.update(updates, state, params, **extra_args)
+            return updates, _place(state, zero)
 
-        return jax.vmap(update_one)(updates, state, params, mapped)
+        return jax.vmap(update_one)(
+            updates, state, params, mapped, zero_counts(updates)
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -110,17 +119,19 @@ def _check_axis(trees: Iterable[PyTree], names: Iterable[str], length: int) -> N
                 )
 
 
-def _place(state: PyTree, zeros: jax.Array) -> PyTree:
-    """Each replica's part of a new state on the replica's devices.
+def _place(state: PyTree, zero: jax.Array) -> PyTree:
+    """Subtracts a replica's zero from its state, to have it where the replica is.
 
-    Constants, unlike what depends on the params (see `zero_counts`), would start on
-    one device and move in the first update, which would compile the step twice.
+    What does not depend on params or updates, like the zeros that most states start
+    from, would be on one device at first and move in a later step, which would compile
+    the step again (see `zero_counts`).
     """
 
     def place(x: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x
-        zero = broadcast_to_leaf(zeros, x).astype(x.dtype)
-        return x ^ zero if x.dtype == bool else x - zero  # x + 0 would change -0.0
+        if x.dtype == bool:
+            return x ^ zero.astype(bool)
+        return x - zero.astype(x.dtype)  # adding it would change -0.0
 
     return jax.tree.map(place, state)
