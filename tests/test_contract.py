@@ -4,15 +4,10 @@
 adapter adds the replica axis to the problems that they solve.
 """
 
-import functools
-
-import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import _common_test as common
 
 import pranam_optax
@@ -22,21 +17,32 @@ pytestmark = pytest.mark.usefixtures("optax_promotion")
 R = 4
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Of what matters here, the speed of the programs does not."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 # The transformations, as factories of hyperparameters
 
 
+EMBEDDING = pranam_optax.mlp_embedding((2,), warmup="none")  # quick to compile
+
+
 def pranam_sgd(learning_rate, coupling=0.5, step_size=6.0):
-    link = pranam_optax.pranam(coupling=coupling, step_size=step_size)
+    link = pranam_optax.pranam(EMBEDDING, coupling=coupling, step_size=step_size)
     return optax.chain(link, optax.sgd(learning_rate))
 
 
 def pranam_adam(learning_rate, coupling=0.5, step_size=6.0):
-    link = pranam_optax.pranam(coupling=coupling, step_size=step_size)
+    link = pranam_optax.pranam(EMBEDDING, coupling=coupling, step_size=step_size)
     return optax.chain(link, optax.adam(learning_rate))
 
 
 def reparametrize(learning_rate):
-    return pranam_optax.reparametrize(optax.adam(learning_rate))
+    return pranam_optax.reparametrize(optax.adam(learning_rate), EMBEDDING)
 
 
 def with_values(tx):
@@ -68,6 +74,8 @@ FACTORIES = {
     for f in (pranam_sgd, pranam_adam, reparametrize, weight_replicas, per_replica)
 }
 every_factory = pytest.mark.parametrize("name", FACTORIES)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+DTYPES = ["bfloat16", slow("float32")]
 
 
 def add_replica_axis(target):
@@ -108,7 +116,7 @@ def check(monkeypatch):
         monkeypatch.setattr(common, setup, stacked)
     case = common.ContribTest()
 
-    def run(test, name, wrapped=True, **kwargs):
+    def run(test, name, **kwargs):
         unwrapped = getattr(common.ContribTest, f"{test}0").__wrapped__
         kwargs = {"opt_kwargs": {"learning_rate": 1e-2}, **kwargs}
         none = {"wrapper_name": None, "wrapper_kwargs": None}
@@ -127,24 +135,22 @@ def test_inject_hyperparams(check, name):
     check("test_optimizers_can_be_wrapped_in_inject_hyperparams", name)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @every_factory
 def test_preserve_dtype(check, name, dtype):
     check("test_preserve_dtype", name, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @every_factory
 def test_gradient_accumulation(check, name, dtype):
     check("test_gradient_accumulation", name, dtype=dtype)
 
 
-@pytest.mark.parametrize(
-    "dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
-)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
 @every_factory
 def test_state_stability(check, name, dtype):
-    check("test_state_shape_dtype_shard_stability", name, dtype=dtype)
+    check("test_state_shape_dtype_shard_stability", name, dtype=jnp.dtype(dtype))
 
 
 @pytest.mark.slow
@@ -159,3 +165,75 @@ def test_map_params_and_convergence(check, name, target):
         target=SETUPS[target],
         dtype="float32",
     )
+
+
+# After Optax's tests of its own optimizers (float64_test, sharding_test)
+
+
+def make_params(dtype=jnp.float32):
+    w = jnp.arange(R * 6, dtype=jnp.float32).reshape(R, 2, 3)
+    return {"w": jnp.cos(w), "b": jnp.sin(jnp.arange(R, dtype=dtype))}
+
+
+@every_factory
+def test_abstract_init(name):
+    tx, params = FACTORIES[name](0.1), make_params()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    abstract = jax.eval_shape(tx.init, shapes)
+    concrete = jax.jit(tx.init)(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, concrete)
+    mapped = optax.tree.map_params(tx, lambda x: x, concrete)
+    chex.assert_trees_all_equal(mapped, concrete)
+
+
+@every_factory
+def test_mixed_dtypes(name, x64):
+    tx, params = FACTORIES[name](0.1), make_params(jnp.float64)
+
+    def step(params):
+        state = tx.init(params)
+        updates, new_state = tx.update(params, state, params)
+        return state, new_state, updates
+
+    state, new_state, updates = jax.eval_shape(step, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    assert updates["b"].dtype == jnp.float64
+    assert updates["w"].dtype == jnp.float32
+
+
+@every_factory
+def test_donation(name):
+    """The state shares no buffer with the params, and takes its successor's place."""
+    tx, params = FACTORIES[name](0.1), make_params()
+    init = jax.jit(tx.init)
+    expected = jax.jit(tx.update)(params, init(params), params)
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    state = init(params)
+    result = step(jax.tree.map(jnp.copy, params), state, params)
+    chex.assert_trees_all_equal(result, expected)
+    chex.assert_tree_all_finite(params)
+    assert any(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+@every_factory
+def test_sharding(name, assert_stable):
+    """From init on each part of the state is where it stays."""
+    mesh = jax.make_mesh((R,), ("replicas",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("replicas"))
+    params = jax.device_put(make_params(), sharding)
+    tx = FACTORIES[name](0.1)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(tx.init)(params)
+    first = step(params, state)
+    second = step(*first)
+    assert_stable(first, second)
+    for x in jax.tree.leaves(first[0]):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    if name == "per_replica":  # the others hold Optax's states, which begin on one
+        assert_stable((params, state), first)
