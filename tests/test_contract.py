@@ -4,10 +4,14 @@
 adapter adds the replica axis to the problems that they solve.
 """
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import _common_test as common
 
 import pranam_optax
@@ -147,7 +151,7 @@ def test_gradient_accumulation(check, name, dtype):
     check("test_gradient_accumulation", name, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [*DTYPES, slow("float16"), slow("float64")])
 @every_factory
 def test_state_stability(check, name, dtype):
     check("test_state_shape_dtype_shard_stability", name, dtype=jnp.dtype(dtype))
