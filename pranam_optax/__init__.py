@@ -4,6 +4,7 @@ from pranam_optax import problems as problems
 from pranam_optax._embedding import Embedding as Embedding
 from pranam_optax._embedding import embedding_output as embedding_output
 from pranam_optax._embedding import mlp_embedding as mlp_embedding
+from pranam_optax._per_replica import per_replica as per_replica
 from pranam_optax._pranam import PranamState as PranamState
 from pranam_optax._pranam import pranam as pranam
 from pranam_optax._reparametrize import ReparametrizeState as ReparametrizeState
@@ -12,6 +13,8 @@ from pranam_optax._replicas import best_replica as best_replica
 from pranam_optax._replicas import replica_value_and_grad as replica_value_and_grad
 from pranam_optax._replicas import replicate as replicate
 from pranam_optax._replicas import select_replica as select_replica
+from pranam_optax._weighting import WeightReplicasState as WeightReplicasState
+from pranam_optax._weighting import weight_replicas as weight_replicas
 
 __version__ = "0.1.0"
 
@@ -19,13 +22,16 @@ __all__ = [
     "Embedding",
     "PranamState",
     "ReparametrizeState",
+    "WeightReplicasState",
     "best_replica",
     "embedding_output",
     "mlp_embedding",
+    "per_replica",
     "pranam",
     "problems",
     "reparametrize",
     "replica_value_and_grad",
     "replicate",
     "select_replica",
+    "weight_replicas",
 ]

@@ -46,3 +46,14 @@ def test_original(optax_promotion):
     tx = adam["tf1_adam"](0.1)
     updates, _ = tx.update(params, tx.init(params), params)
     jax.tree.map(lambda u: np.testing.assert_allclose(u, -0.1, rtol=1e-5), updates)
+
+
+def test_composition(optax_promotion):
+    example = run_blocks("docs/composition.md")[-1]
+    assert example["grad_fn"](example["params"])[0].mean() > 20
+    for run in ("values", "polyak_values", "weighted_values"):
+        assert example[run].mean() < 0.01
+    assert example["polished_values"].mean() <= example["values"].mean()
+    assert jnp.all(jnp.isfinite(example["sam_params"]))
+    assert example["released"][0].count == 400
+    assert example["released"][1][0].count == 0

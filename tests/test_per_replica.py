@@ -1,0 +1,324 @@
+"""`per_replica`: what one replica does is no other's concern."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from optax import contrib
+
+import pranam_optax
+
+R = 3
+TRANSFORMATIONS = {
+    "apply_if_finite": optax.apply_if_finite(optax.adam(0.1), 2),
+    "clip_by_global_norm": optax.chain(
+        optax.clip_by_global_norm(0.5), optax.sgd(0.1, momentum=0.9)
+    ),
+    "dog": contrib.dog(1.0),
+    "lamb": optax.lamb(0.1),
+    "lbfgs": optax.lbfgs(),
+    "mechanize": contrib.mechanize(optax.sgd(1.0)),
+    "momo": contrib.momo(),
+    "prodigy": contrib.prodigy(),
+}
+MORE_TRANSFORMATIONS = {
+    "adafactor": optax.adafactor(0.1),
+    "adam": optax.adam(0.1),
+    "adaptive_grad_clip": optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1)),
+    "backtracking": optax.chain(
+        optax.sgd(0.5), optax.scale_by_backtracking_linesearch(8)
+    ),
+    "centralize": optax.chain(optax.centralize(), optax.sgd(0.1)),
+    "dadapt_adamw": contrib.dadapt_adamw(),
+    "dowg": contrib.dowg(1.0),
+    "fromage": optax.fromage(0.1),
+    "galore": contrib.galore(0.1, rank=1),
+    "lars": optax.lars(0.1),
+    "lbfgs_without_line_search": optax.lbfgs(0.1, linesearch=None),
+    "momo_adam": contrib.momo_adam(0.1),
+    "multi_steps": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+    "muon": contrib.muon(0.1),
+    "noisy_sgd": optax.noisy_sgd(0.1, key=0),
+    "normalize": optax.chain(contrib.normalize(), optax.sgd(0.1)),
+    "novograd": optax.novograd(0.1),
+    "polyak_sgd": optax.polyak_sgd(),
+    "reduce_on_plateau": optax.chain(
+        optax.sgd(0.1), contrib.reduce_on_plateau(patience=1)
+    ),
+    "schedule_free_adamw": contrib.schedule_free_adamw(0.1),
+    "sm3": optax.sm3(0.1),
+}
+
+
+def loss(params):
+    return 3.0 + sum(jnp.sum(0.1 * x**2 + jnp.cos(x)) for x in jax.tree.leaves(params))
+
+
+grad_fn = jax.jit(pranam_optax.replica_value_and_grad(loss))
+
+
+@pytest.fixture(scope="module")
+def params():
+    def init(key):
+        w_key, b_key = jax.random.split(key)
+        return {
+            "w": 2 * jax.random.normal(w_key, (2, 3)),
+            "b": jax.random.normal(b_key, (3,)),
+        }
+
+    return jax.jit(lambda: pranam_optax.replicate(init, 0, R))()
+
+
+def select(tree, index):
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def stack(trees):
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+def without_keys(tree):
+    def data(x):
+        key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(x) if key else x
+
+    return jax.tree.map(data, tree)
+
+
+def check_replicas_apart(tx, params, num_steps=3):
+    """Against runs of one replica each; and against one with the others spoiled."""
+    together, alone = pranam_optax.per_replica(tx), optax.with_extra_args_support(tx)
+
+    @jax.jit
+    def step(params, state):
+        values, grads = grad_fn(params)
+        updates, state = together.update(
+            grads, state, params, values=values, grad=grads, value_fn=loss
+        )
+        return optax.apply_updates(params, updates), state
+
+    @jax.jit
+    def step_alone(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = alone.update(
+            grads, state, params, value=value, grad=grads, value_fn=loss
+        )
+        return optax.apply_updates(params, updates), state
+
+    def run(step, init, params):
+        state = init(params)
+        for _ in range(num_steps):
+            params, state = step(params, state)
+        return params, without_keys(state)
+
+    init_alone = jax.jit(alone.init)
+    init = jax.jit(together.init)
+    result = run(step, init, params)
+    assert step._cache_size() == 1
+    expected = stack([run(step_alone, init_alone, select(params, r)) for r in range(R)])
+    # XLA rounds differently in programs of other shapes, by an ulp here and there.
+    chex.assert_trees_all_close(result, expected, rtol=2e-5, atol=2e-6)
+    chex.assert_trees_all_equal_dtypes(result, expected)
+
+    spoiled = jax.tree.map(lambda x: x.at[0].set(jnp.nan).at[2].mul(-3.0), params)
+    spoiled = run(step, init, spoiled)
+    chex.assert_trees_all_equal(select(spoiled, 1), select(result, 1))
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_equals_separate_runs(name, params, optax_promotion):
+    check_replicas_apart(TRANSFORMATIONS[name], params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_TRANSFORMATIONS)
+def test_more_equal_separate_runs(name, params, optax_promotion):
+    check_replicas_apart(MORE_TRANSFORMATIONS[name], params)
+
+
+def test_a_global_norm_computed_by_hand():
+    grads = {"w": jnp.array([[3.0], [0.3]]), "b": jnp.array([4.0, 0.4])}
+    tx = pranam_optax.per_replica(optax.clip_by_global_norm(1.0))
+    updates, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(updates["w"], [[0.6], [0.3]], rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], [0.8, 0.4], rtol=1e-6)
+
+
+def test_only_the_replica_that_is_not_finite_waits(params, optax_promotion):
+    tx = pranam_optax.per_replica(optax.apply_if_finite(optax.sgd(0.1), 5))
+    grads = jax.tree.map(lambda x: x.at[1].set(jnp.inf), params)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    np.testing.assert_array_equal(state.notfinite_count, [0, 1, 0])
+    for update, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(update[::2], -0.1 * g[::2], rtol=1e-6)
+        np.testing.assert_array_equal(update[1], 0.0)
+
+
+def test_one_learning_rate_for_each_replica(params, optax_promotion):
+    tx = pranam_optax.per_replica(optax.inject_hyperparams(optax.adam)(0.0))
+    rates = jnp.array([0.1, 0.02, 0.3])
+    state = optax.tree.set(jax.jit(tx.init)(params), learning_rate=rates)
+    update = jax.jit(tx.update)
+    alone = [optax.adam(float(rate)) for rate in rates]
+    expected = [opt.init(select(params, r)) for r, opt in enumerate(alone)]
+    for _ in range(2):
+        updates, state = update(params, state, params)
+        for r, opt in enumerate(alone):
+            one, expected[r] = opt.update(select(params, r), expected[r])
+            chex.assert_trees_all_close(select(updates, r), one, rtol=1e-5)
+    np.testing.assert_array_equal(state.hyperparams["learning_rate"], rates)
+
+
+# Keywords
+
+
+def test_what_each_replica_sees_of_the_keywords():
+    seen = {}
+
+    def update_fn(updates, state, params=None, **extra_args):
+        assert params is None
+        seen.update(extra_args)
+        shift = extra_args["value"] + extra_args["shared"]
+        return jax.tree.map(lambda u: u + shift, updates), state
+
+    identity = optax.identity()
+    tx = optax.GradientTransformationExtraArgs(identity.init, update_fn)
+    tx = pranam_optax.per_replica(tx)
+    grads = jnp.zeros((R, 2))
+    partial = jax.tree_util.Partial(jnp.add, jnp.ones(7))
+    updates, _ = tx.update(
+        grads,
+        tx.init(grads),
+        values=jnp.array([1.0, 2.0, 3.0]),
+        value=jnp.float32(99.0),
+        shared=jnp.float32(10.0),
+        grad={"a": jnp.ones((R, 4)), "b": None, "c": 2.5},
+        value_fn=loss,
+        partial=partial,
+        name="text",
+    )
+    np.testing.assert_array_equal(updates, [[11.0] * 2, [12.0] * 2, [13.0] * 2])
+    assert "values" not in seen
+    assert seen["value_fn"] is loss
+    assert seen["partial"] is partial
+    assert seen["name"] == "text"
+    assert seen["value"].shape == ()
+    assert seen["grad"]["a"].shape == (4,)
+    assert seen["grad"]["b"] is None
+    assert seen["grad"]["c"] == 2.5
+
+
+def test_keywords_that_the_transformation_does_not_know(params):
+    tx = pranam_optax.per_replica(optax.scale(2.0))
+    updates, _ = tx.update(params, tx.init(params), values=jnp.ones(R), other=loss)
+    chex.assert_trees_all_equal(updates, jax.tree.map(lambda x: 2 * x, params))
+
+
+def test_errors(params):
+    tx = pranam_optax.per_replica(optax.adam(0.1))
+    state = jax.jit(tx.init)(params)
+    with pytest.raises(
+        ValueError, match=r"params\['b'\] has shape \(\) and no replica"
+    ):
+        tx.init({"b": jnp.ones(())})
+    with pytest.raises(ValueError, match="leaves disagree on the number of replicas"):
+        tx.update({"w": jnp.ones(2), "b": jnp.ones(3)}, state)
+    with pytest.raises(TypeError, match="updates has dtype int32"):
+        tx.update(jnp.ones(3, jnp.int32), state)
+    with pytest.raises(ValueError, match=r"values has shape \(2,\), expected \(3,\)"):
+        tx.update(params, state, params, values=jnp.ones(2))
+    with pytest.raises(
+        ValueError, match=r"grad\['w'\] has shape \(4, 2\), but updates"
+    ):
+        tx.update(params, state, params, grad={"w": jnp.ones((4, 2))})
+    fewer = select(params, slice(2))
+    with pytest.raises(ValueError, match=r"params\['b'\] has shape \(3, 3\), but .* 2"):
+        tx.update(fewer, state, params)
+    with pytest.raises(ValueError, match=r"state\[0\]\.count has shape \(3,\), but"):
+        tx.update(fewer, state, fewer)
+    of_one = optax.adam(0.1).init(params)
+    with pytest.raises(ValueError, match=r"state\[0\]\.count has shape \(\), but"):
+        tx.update(params, of_one, params)
+
+
+# State
+
+
+def test_init_is_abstract_and_takes_a_tree_without_leaves(params):
+    tx = pranam_optax.per_replica(optax.adam(0.1))
+    state = jax.jit(tx.init)(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        state, jax.eval_shape(tx.init, params)
+    )
+    mapped = optax.tree.map_params(tx, lambda x: x * 0 + 1, state)
+    np.testing.assert_array_equal(mapped[0].mu["w"], jnp.ones((R, 2, 3)))
+    np.testing.assert_array_equal(mapped[0].count, jnp.zeros(R))
+    empty = tx.init({})
+    assert tx.update({}, empty, {}) == ({}, empty)
+
+
+def test_state_is_stable_and_may_be_donated(params, assert_stable):
+    tx = pranam_optax.per_replica(contrib.schedule_free(optax.sgd(0.1), 0.1))
+    with jax.numpy_dtype_promotion("standard"):
+        state = jax.jit(tx.init)(params)
+        expected, new_state = jax.jit(tx.update)(params, state, params)
+        assert_stable(state, new_state)
+        step = jax.jit(tx.update, donate_argnums=(1,))
+        updates, _ = step(params, state, params)
+    chex.assert_trees_all_equal(updates, expected)
+    chex.assert_tree_all_finite(params)
+
+
+def test_a_new_state_keeps_signed_zeros_and_other_types():
+    def init_fn(params):
+        return {
+            "zero": -jnp.zeros_like(params),
+            "flag": jnp.array([True, False]),
+            "count": jnp.uint8(7),
+            "key": jax.random.key(3),
+        }
+
+    tx = optax.GradientTransformation(init_fn, optax.identity().update)
+    state = pranam_optax.per_replica(tx).init(jnp.ones((R, 2)))
+    assert np.all(np.signbit(state["zero"]))
+    np.testing.assert_array_equal(state["flag"], [[True, False]] * R)
+    assert state["count"].dtype == jnp.uint8
+    np.testing.assert_array_equal(state["count"], [7] * R)
+    assert jnp.all(state["key"] == jax.random.key(3))
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ["adam", "dog"])
+def test_replicas_stay_on_their_devices(name, axis_type):
+    mesh = jax.make_mesh(
+        (4,), ("replicas",), axis_types=(jax.sharding.AxisType[axis_type],)
+    )
+    sharding = NamedSharding(mesh, PartitionSpec("replicas"))
+    params = jax.device_put(jnp.arange(24.0).reshape(8, 3), sharding)
+    transformation = {"adam": optax.adam(0.1), "dog": contrib.dog(1.0)}[name]
+    tx = pranam_optax.per_replica(transformation)
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
+        step = jax.jit(tx.update)
+        states = [jax.jit(tx.init)(params)]
+        for _ in range(2):
+            updates, state = step(params, states[-1], params)
+            states.append(state)
+        text = step.lower(params, state, params).compile().as_text()
+    for x in jax.tree.leaves((states, updates)):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    assert step._cache_size() == 1
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in text
+
+
+def test_behind_pranam(params, optax_promotion):
+    link, tail = pranam_optax.pranam(coupling=0.0), optax.clip_by_global_norm(0.1)
+    tx = optax.chain(link, pranam_optax.per_replica(tail))
+    updates, _ = jax.jit(lambda w: tx.update(w, tx.init(w), w))(params)
+    for r in range(R):  # pranam normalises the whole, and then each is clipped
+        one = select(params, r)
+        expected = optax.tree.scale(0.1 / optax.tree.norm(one), one)
+        chex.assert_trees_all_close(select(updates, r), expected, rtol=1e-5)
