@@ -48,12 +48,14 @@ class PranamState(NamedTuple):
       projection: state of the `projection_optimizer`.
       nonfinite: `[R]`, in how many updates each replica was left out because its
         gradient or weights were not finite.
+      revived: `[R]`, how often `revive_replicas` has restarted each replica.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
     embedding: Partial
     projection: optax.OptState
     nonfinite: jax.Array
+    revived: jax.Array
 
 
 def pranam(
@@ -169,6 +171,7 @@ def pranam(
             embedding=Partial(embedding.apply, phi),
             projection=optax.EmptyState() if solver is None else solver.init(phi),
             nonfinite=zero_counts(params),
+            revived=zero_counts(params),
         )
 
     def update_fn(
@@ -265,6 +268,7 @@ def pranam(
             embedding=Partial(f, phi),
             projection=projection,
             nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
+            revived=state.revived,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
