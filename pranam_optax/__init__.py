@@ -12,6 +12,7 @@ from pranam_optax._replicas import best_replica as best_replica
 from pranam_optax._replicas import replica_value_and_grad as replica_value_and_grad
 from pranam_optax._replicas import replicate as replicate
 from pranam_optax._replicas import select_replica as select_replica
+from pranam_optax._revive import revive_replicas as revive_replicas
 
 __version__ = "0.1.0"
 
@@ -27,5 +28,6 @@ __all__ = [
     "reparametrize",
     "replica_value_and_grad",
     "replicate",
+    "revive_replicas",
     "select_replica",
 ]

@@ -287,17 +287,24 @@ def embedding_output(state: PyTree) -> PyTree:
       True
     """
 
-    def holds_embedding(node: Any) -> bool:
-        return isinstance(getattr(node, "embedding", None), jax.tree_util.Partial)
+    return find_embedding(state).embedding()
 
-    nodes = filter(holds_embedding, jax.tree.leaves(state, is_leaf=holds_embedding))
-    embeddings = [node.embedding for node in nodes]
-    if len(embeddings) != 1:
+
+def holds_embedding(node: Any) -> bool:
+    """Whether this is the state of `pranam` or of `reparametrize`."""
+    return isinstance(getattr(node, "embedding", None), jax.tree_util.Partial)
+
+
+def find_embedding(state: PyTree) -> Any:
+    """The one node of an optimizer state that holds an embedding."""
+    leaves = jax.tree.leaves(state, is_leaf=holds_embedding)
+    nodes = list(filter(holds_embedding, leaves))
+    if len(nodes) != 1:
         raise ValueError(
-            f"expected a state with one embedding, found {len(embeddings)}; pass the "
+            f"expected a state with one embedding, found {len(nodes)}; pass the "
             "state of one such transformation, or of a chain that holds one"
         )
-    return embeddings[0]()
+    return nodes[0]
 
 
 def projection_loss(
