@@ -4,6 +4,7 @@ from pranam_optax import problems as problems
 from pranam_optax._embedding import Embedding as Embedding
 from pranam_optax._embedding import embedding_output as embedding_output
 from pranam_optax._embedding import mlp_embedding as mlp_embedding
+from pranam_optax._flax import flax_embedding as flax_embedding
 from pranam_optax._pranam import PranamState as PranamState
 from pranam_optax._pranam import pranam as pranam
 from pranam_optax._reparametrize import ReparametrizeState as ReparametrizeState
@@ -22,6 +23,7 @@ __all__ = [
     "ReparametrizeState",
     "best_replica",
     "embedding_output",
+    "flax_embedding",
     "mlp_embedding",
     "pranam",
     "problems",
