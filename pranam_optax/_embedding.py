@@ -298,12 +298,15 @@ def _init(
 
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(heads_key, max(len(leaves), 1))
-    heads = [
-        kernel_init(
-            k, (num_features, x.size // num_replicas), compute_dtype(x)
-        ).reshape(num_features, *x.shape[1:])
-        for k, x in zip(keys, leaves, strict=False)
-    ]
+
+    def head(key: jax.Array, x: jax.Array) -> jax.Array:
+        size, dtype = x.size // num_replicas, compute_dtype(x)
+        if not size:  # which initializers do not expect
+            return jnp.zeros((num_features, *x.shape[1:]), dtype)
+        kernel = kernel_init(key, (num_features, size), dtype)
+        return kernel.reshape(num_features, *x.shape[1:])
+
+    heads = [head(k, x) for k, x in zip(keys, leaves, strict=False)]
     bias = [jnp.zeros(x.shape[1:], compute_dtype(x)) for x in leaves]
     phi = MLPParams(
         table=table,
