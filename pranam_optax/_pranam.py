@@ -256,7 +256,9 @@ def pranam(
 
         def mix(original: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
             update = times(per_pull, p) + times(per_gradient, g)
-            update = update.astype(leaf_dtype(original))
+            dtype = leaf_dtype(original)
+            limit = float(jnp.finfo(dtype).max)  # float16 ends at 65504
+            update = jnp.clip(update, -limit, limit).astype(dtype)
             if not normalize_updates:  # c = 0: bit for bit, signed zeros too
                 independent = broadcast_to_leaf(c == 0, original)
                 update = jnp.where(independent, original, update)
