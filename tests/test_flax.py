@@ -25,19 +25,13 @@ class Identity(nn.Module):
         return table
 
 
-class Attention(nn.Module):
-    """Replicas look at each other's codes."""
+class Mixing(nn.Module):
+    """Replicas look at each other's codes and are normalised over."""
 
     @nn.compact
     def __call__(self, table):
         x = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=4)(table[None])
-        return nn.LayerNorm()(table + x[0])
-
-
-class Normalised(nn.Module):
-    @nn.compact
-    def __call__(self, table):
-        return nn.tanh(nn.BatchNorm(use_running_average=False)(nn.Dense(5)(table)))
+        return nn.tanh(nn.BatchNorm(use_running_average=False)(table + x[0]))
 
 
 def init(embedding, params=None):
@@ -45,7 +39,7 @@ def init(embedding, params=None):
     return embedding.init(jax.random.key(0), params)
 
 
-@pytest.mark.parametrize("warmup", ["rescale", "adapter", "none"])
+@pytest.mark.parametrize("warmup", ["rescale", "adapter"])
 def test_the_identity_is_the_linear_embedding(warmup):
     ours = pranam_optax.flax_embedding(Identity(), width=K, warmup=warmup)
     linear = pranam_optax.mlp_embedding((K,), warmup=warmup)
@@ -68,18 +62,18 @@ def test_dense_modules_are_the_multilayer_perceptron():
 
 @pytest.mark.parametrize(
     "module",
-    [Attention(), Normalised(), nnx.bridge.to_linen(nnx.Linear, K, 5)],
-    ids=["attention", "batch norm", "nnx"],
+    [Mixing(), nnx.bridge.to_linen(nnx.Linear, K, 5)],
+    ids=["linen", "nnx"],
 )
 def test_modules_train_behind_pranam(module, assert_stable):
     params = make_params()
     embedding = pranam_optax.flax_embedding(module, width=K, warmup="rescale")
     tx = pranam_optax.pranam(embedding, step_size=0.0, projection_steps=4)
-    state = tx.init(params)
-    step = jax.jit(tx.update)
+    state = start = tx.init(params)
+    step, output_of = jax.jit(tx.update), jax.jit(pranam_optax.embedding_output)
     distances = []
     for _ in range(3):
-        output = pranam_optax.embedding_output(state)
+        output = output_of(state)
         distances.append(
             sum(np.sum((output[name] - params[name]) ** 2) for name in params)
         )
@@ -89,7 +83,7 @@ def test_modules_train_behind_pranam(module, assert_stable):
     # With a step size of 0 the target is where the replicas are.
     assert distances[0] > 1.2 * distances[1] > 1.2 * distances[2]
     # The module itself is trained.
-    old, new = (s.embedding.args[0].trunk for s in (tx.init(params), state))
+    old, new = (s.embedding.args[0].trunk for s in (start, state))
     assert any(
         not np.array_equal(x, y)
         for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
@@ -108,11 +102,12 @@ def test_equal_modules_make_equal_embeddings():
 
 
 def test_the_order_of_the_replicas_does_not_matter():
-    embedding = pranam_optax.flax_embedding(Attention(), width=K, warmup="none")
+    embedding = pranam_optax.flax_embedding(Mixing(), width=K, warmup="none")
     phi = init(embedding)
     order = np.random.default_rng(0).permutation(R)
-    permuted = embedding.apply(phi._replace(table=phi.table[order]))
-    expected = jax.tree.map(lambda x: x[order], embedding.apply(phi))
+    apply = jax.jit(embedding.apply)
+    permuted = apply(phi._replace(table=phi.table[order]))
+    expected = jax.tree.map(lambda x: x[order], apply(phi))
     chex.assert_trees_all_close(permuted, expected, rtol=1e-5, atol=1e-6)
 
 
