@@ -4,6 +4,7 @@ from pranam_optax import problems as problems
 from pranam_optax._embedding import Embedding as Embedding
 from pranam_optax._embedding import embedding_output as embedding_output
 from pranam_optax._embedding import mlp_embedding as mlp_embedding
+from pranam_optax._flax import flax_embedding as flax_embedding
 from pranam_optax._per_replica import per_replica as per_replica
 from pranam_optax._pranam import PranamState as PranamState
 from pranam_optax._pranam import pranam as pranam
@@ -13,6 +14,7 @@ from pranam_optax._replicas import best_replica as best_replica
 from pranam_optax._replicas import replica_value_and_grad as replica_value_and_grad
 from pranam_optax._replicas import replicate as replicate
 from pranam_optax._replicas import select_replica as select_replica
+from pranam_optax._revive import revive_replicas as revive_replicas
 from pranam_optax._weighting import WeightReplicasState as WeightReplicasState
 from pranam_optax._weighting import weight_replicas as weight_replicas
 
@@ -25,6 +27,7 @@ __all__ = [
     "WeightReplicasState",
     "best_replica",
     "embedding_output",
+    "flax_embedding",
     "mlp_embedding",
     "per_replica",
     "pranam",
@@ -32,6 +35,7 @@ __all__ = [
     "reparametrize",
     "replica_value_and_grad",
     "replicate",
+    "revive_replicas",
     "select_replica",
     "weight_replicas",
 ]

@@ -57,11 +57,12 @@ class Dense(NamedTuple):
 
 
 class MLPParams(NamedTuple):
-    """Parameters of `mlp_embedding`.
+    """Parameters of `mlp_embedding` and of `flax_embedding`.
 
     Attributes:
       table: `[R, K]`, one code per replica.
-      trunk: the dense layers between table and heads.
+      trunk: what lies between table and heads: the dense layers, or the params of the
+        module.
       heads: like one model's params with a leading axis of length H.
       bias: like one model's params, or None.
       scale: factor of the output: a constant scalar (`warmup="rescale"`), or learned
@@ -71,7 +72,7 @@ class MLPParams(NamedTuple):
     """
 
     table: jax.Array
-    trunk: tuple[Dense, ...]
+    trunk: PyTree
     heads: PyTree
     bias: PyTree | None
     scale: PyTree | None
@@ -114,30 +115,66 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 @dataclasses.dataclass(frozen=True)
-class _MLP:
-    """`apply` of `mlp_embedding`; compares equal for equal activations."""
+class DenseTrunk:
+    """The trunk of `mlp_embedding`: `[R, K]` to `[R, H]`, by dense layers."""
 
     activations: tuple[Activation, ...]
-    output_activation: Activation | None
 
-    def factors(self, phi: MLPParams) -> tuple[jax.Array, PyTree]:
-        """Features `[R, H]` and heads, the bias among them, to be multiplied."""
-        features = phi.table
-        for layer, activation in zip(phi.trunk, self.activations, strict=True):
+    def __call__(self, layers: tuple[Dense, ...], features: jax.Array) -> jax.Array:
+        for layer, activation in zip(layers, self.activations, strict=True):
             features = _matmul(features, layer.kernel)
             if layer.bias is not None:
                 features = features + layer.bias[None]
             features = activation(features)
+        return features
+
+
+@dataclasses.dataclass(frozen=True)
+class _DenseInit:
+    """Draws the layers of a `DenseTrunk`; compares equal for equal arguments."""
+
+    widths: tuple[int, ...]
+    use_bias: bool
+    kernel_init: jax.nn.initializers.Initializer
+
+    def __call__(self, key: jax.Array, table: jax.Array) -> tuple[Dense, ...]:
+        def dense(key: jax.Array, n_in: int, n_out: int) -> Dense:
+            kernel = self.kernel_init(key, (n_in, n_out), table.dtype)
+            return Dense(
+                kernel, jnp.zeros(n_out, table.dtype) if self.use_bias else None
+            )
+
+        keys = jax.random.split(key, len(self.widths))
+        return tuple(map(dense, keys, self.widths[:-1], self.widths[1:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """`apply` of an embedding: heads on a trunk on the table.
+
+    Compares equal for equal trunks and activations.
+    """
+
+    trunk: Callable[[PyTree, jax.Array], jax.Array]
+    output_activation: Activation | None
+
+    @property
+    def is_affine(self) -> bool:
+        return self.trunk == DenseTrunk(()) and self.output_activation is None
+
+    def is_product(self, phi: MLPParams) -> bool:
+        """Whether the output is the product of the factors, and nothing follows."""
+        return self.output_activation is None and phi.scale is None
+
+    def factors(self, phi: MLPParams) -> tuple[jax.Array, PyTree]:
+        """Features `[R, H]` and heads, the bias among them, to be multiplied."""
+        features = self.trunk(phi.trunk, phi.table)
         if phi.bias is None:
             return features, phi.heads
         ones = jnp.ones_like(features, shape=(features.shape[0], 1))
         return jnp.concatenate([features, ones], axis=1), jax.tree.map(
             lambda x, b: jnp.concatenate([x, b[None]]), phi.heads, phi.bias
         )
-
-    def is_product(self, phi: MLPParams) -> bool:
-        """Whether the output is the product of the factors, and nothing follows."""
-        return self.output_activation is None and phi.scale is None
 
     def __call__(self, phi: MLPParams) -> PyTree:
         features, heads = self.factors(phi)
@@ -228,10 +265,6 @@ def mlp_embedding(
             f"features must be one or more positive ints (the table's width, then the "
             f"trunk's layers), got {features!r}"
         )
-    if warmup not in ("fit", "rescale", "adapter", "none"):
-        raise ValueError(
-            f"warmup must be 'fit', 'rescale', 'adapter' or 'none', got {warmup!r}"
-        )
     depth = len(widths) - 1
     activations = (activation,) * depth if callable(activation) else tuple(activation)
     if len(activations) != depth:
@@ -240,24 +273,58 @@ def mlp_embedding(
             f"trunk of {depth} layers; each needs one (see output_activation for the "
             "output's)"
         )
-    apply = _MLP(activations, output_activation)
-    kernel_init = _lecun_normal if kernel_init is None else kernel_init
+    kernel_init = lecun_normal if kernel_init is None else kernel_init
+    return make_embedding(
+        DenseTrunk(activations),
+        _DenseInit(widths, use_bias, kernel_init),
+        width=widths[0],
+        output_activation=output_activation,
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        warmup=warmup,
+    )
+
+
+lecun_normal = jax.nn.initializers.lecun_normal()
+
+
+def make_embedding(
+    trunk: Callable[[PyTree, jax.Array], jax.Array],
+    init_trunk: Callable[[jax.Array, jax.Array], PyTree],
+    *,
+    width: int,
+    output_activation: Activation | None,
+    use_bias: bool,
+    kernel_init: jax.nn.initializers.Initializer,
+    warmup: str,
+) -> Embedding:
+    """Table, trunk and heads, warmed up.
+
+    `init_trunk(key, table)` draws the trunk's parameters and `trunk(parameters, table)`
+    makes the features, `[R, H]`. Both are hashable and compare by value, so that equal
+    embeddings are compiled once.
+    """
+    if warmup not in ("fit", "rescale", "adapter", "none"):
+        raise ValueError(
+            f"warmup must be 'fit', 'rescale', 'adapter' or 'none', got {warmup!r}"
+        )
+    apply = _Network(trunk, output_activation)
 
     def init(key: jax.Array, params: PyTree) -> MLPParams:
-        return _init(key, params, apply, widths, use_bias, kernel_init, warmup)
+        return _init(
+            key, params, apply, init_trunk, width, use_bias, kernel_init, warmup
+        )
 
     return Embedding(init, apply)
 
 
-_lecun_normal = jax.nn.initializers.lecun_normal()
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
 def _init(
     key: jax.Array,
     params: PyTree,
-    apply: _MLP,
-    widths: tuple[int, ...],
+    apply: _Network,
+    init_trunk: Callable[[jax.Array, jax.Array], PyTree],
+    width: int,
     use_bias: bool,
     kernel_init: jax.nn.initializers.Initializer,
     warmup: str,
@@ -266,24 +333,24 @@ def _init(
     dtype = compute_dtype(*jax.tree.leaves(params))
     table_key, trunk_key, heads_key = jax.random.split(key, 3)
 
-    def dense(key: jax.Array, n_in: int, n_out: int) -> Dense:
-        kernel = kernel_init(key, (n_in, n_out), dtype)
-        return Dense(kernel, jnp.zeros(n_out, dtype) if use_bias else None)
-
-    keys = jax.random.split(trunk_key, len(widths))
-    trunk = tuple(map(dense, keys, widths[:-1], widths[1:]))
+    table = jax.random.normal(table_key, (num_replicas, width), dtype)
+    trunk = init_trunk(trunk_key, table)
+    num_features = jax.eval_shape(apply.trunk, trunk, table).shape[-1]
 
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(heads_key, max(len(leaves), 1))
-    heads = [
-        kernel_init(k, (widths[-1], x.size // num_replicas), compute_dtype(x)).reshape(
-            widths[-1], *x.shape[1:]
-        )
-        for k, x in zip(keys, leaves, strict=False)
-    ]
+
+    def head(key: jax.Array, x: jax.Array) -> jax.Array:
+        size, dtype = x.size // num_replicas, compute_dtype(x)
+        if not size:  # which initializers do not expect
+            return jnp.zeros((num_features, *x.shape[1:]), dtype)
+        kernel = kernel_init(key, (num_features, size), dtype)
+        return kernel.reshape(num_features, *x.shape[1:])
+
+    heads = [head(k, x) for k, x in zip(keys, leaves, strict=False)]
     bias = [jnp.zeros(x.shape[1:], compute_dtype(x)) for x in leaves]
     phi = MLPParams(
-        table=jax.random.normal(table_key, (num_replicas, widths[0]), dtype),
+        table=table,
         trunk=trunk,
         heads=jax.tree.unflatten(treedef, heads),
         bias=jax.tree.unflatten(treedef, bias) if use_bias else None,
@@ -299,10 +366,10 @@ def _init(
         phi = _rescale(apply, phi, weights, finite)
     elif warmup == "adapter":
         phi = _adapt(apply, phi, weights, finite)
-    elif warmup == "fit" and (trunk or apply.output_activation is not None):
-        phi = _fit(apply, phi, weights, finite)
-    elif warmup == "fit":
+    elif warmup == "fit" and apply.is_affine:
         phi = _fit_linear(phi, weights, finite)
+    elif warmup == "fit":
+        phi = _fit(apply, phi, weights, finite)
     return phi._replace(table=mask_replicas(finite, phi.table))
 
 
@@ -328,17 +395,24 @@ def embedding_output(state: PyTree) -> PyTree:
       True
     """
 
-    def holds_embedding(node: Any) -> bool:
-        return isinstance(getattr(node, "embedding", None), jax.tree_util.Partial)
+    return find_embedding(state).embedding()
 
-    nodes = filter(holds_embedding, jax.tree.leaves(state, is_leaf=holds_embedding))
-    embeddings = [node.embedding for node in nodes]
-    if len(embeddings) != 1:
+
+def holds_embedding(node: Any) -> bool:
+    """Whether this is the state of `pranam` or of `reparametrize`."""
+    return isinstance(getattr(node, "embedding", None), jax.tree_util.Partial)
+
+
+def find_embedding(state: PyTree) -> Any:
+    """The one node of an optimizer state that holds an embedding."""
+    leaves = jax.tree.leaves(state, is_leaf=holds_embedding)
+    nodes = list(filter(holds_embedding, leaves))
+    if len(nodes) != 1:
         raise ValueError(
-            f"expected a state with one embedding, found {len(embeddings)}; pass the "
+            f"expected a state with one embedding, found {len(nodes)}; pass the "
             "state of one such transformation, or of a chain that holds one"
         )
-    return embeddings[0]()
+    return nodes[0]
 
 
 def projection_loss(
@@ -356,7 +430,7 @@ def squared_slope(
     finite: jax.Array,
 ) -> jax.Array:
     r""":math:`\|J_f d\|^2` over the finite replicas."""
-    if isinstance(apply, _MLP) and apply.is_product(phi):
+    if isinstance(apply, _Network) and apply.is_product(phi):
         # J d = dA B + A dB with A `[R, H]` and B `[H, n]`: its norm comes from Gram
         # matrices of 2H x 2H, without forming any `[R, n]`.
         (a, b), (da, db) = jax.jvp(apply.factors, (phi,), (direction,))
@@ -434,7 +508,9 @@ def _fit_linear(phi: MLPParams, params: PyTree, finite: jax.Array) -> MLPParams:
     )
 
 
-def _fit(apply: _MLP, phi: MLPParams, params: PyTree, finite: jax.Array) -> MLPParams:
+def _fit(
+    apply: _Network, phi: MLPParams, params: PyTree, finite: jax.Array
+) -> MLPParams:
     """L-BFGS on the projection loss, from codes along the principal directions."""
     dtype = phi.table.dtype
     deviations = deviations_from(replica_mean(params, finite), params, finite)
@@ -491,13 +567,15 @@ def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
 
 
 def _rescale(
-    apply: _MLP, phi: MLPParams, params: PyTree, finite: jax.Array
+    apply: _Network, phi: MLPParams, params: PyTree, finite: jax.Array
 ) -> MLPParams:
     scale = _ratio(_variance(params, finite), _variance(apply(phi), finite))
     return phi._replace(scale=scale)
 
 
-def _adapt(apply: _MLP, phi: MLPParams, params: PyTree, finite: jax.Array) -> MLPParams:
+def _adapt(
+    apply: _Network, phi: MLPParams, params: PyTree, finite: jax.Array
+) -> MLPParams:
     mean, variance = _moments(params, finite)
     output_mean, output_variance = _moments(apply(phi), finite)
     scale = jax.tree.map(_ratio, variance, output_variance)

@@ -50,12 +50,14 @@ class PranamState(NamedTuple):
       projection: state of the `projection_optimizer`.
       nonfinite: `[R]`, in how many updates each replica was left out because its
         gradient or weights were not finite.
+      revived: `[R]`, how often `revive_replicas` has restarted each replica.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
     embedding: Partial
     projection: optax.OptState
     nonfinite: jax.Array
+    revived: jax.Array
 
 
 def pranam(
@@ -171,6 +173,7 @@ def pranam(
             embedding=Partial(embedding.apply, phi),
             projection=optax.EmptyState() if solver is None else solver.init(phi),
             nonfinite=zero_counts(params),
+            revived=zero_counts(params),
         )
 
     def update_fn(
@@ -267,7 +270,9 @@ def pranam(
 
         def mix(original: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
             update = times(per_pull, p) + times(per_gradient, g)
-            update = update.astype(leaf_dtype(original))
+            dtype = leaf_dtype(original)
+            limit = float(jnp.finfo(dtype).max)  # float16 ends at 65504
+            update = jnp.clip(update, -limit, limit).astype(dtype)
             if not normalize_updates:  # c = 0: bit for bit, signed zeros too
                 independent = broadcast_to_leaf(c == 0, original)
                 update = jnp.where(independent, original, update)
@@ -279,6 +284,7 @@ def pranam(
             embedding=Partial(f, phi),
             projection=projection,
             nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
+            revived=state.revived,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

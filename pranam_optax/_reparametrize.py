@@ -32,12 +32,14 @@ class ReparametrizeState(NamedTuple):
       inner: state of the optimizer of :math:`\\phi`.
       nonfinite: `[R]`, in how many updates each replica was left out because its
         gradient or weights were not finite.
+      revived: `[R]`, how often `revive_replicas` has restarted each replica.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
     embedding: Partial
     inner: optax.OptState
     nonfinite: jax.Array
+    revived: jax.Array
 
 
 def reparametrize(
@@ -117,6 +119,7 @@ def reparametrize(
             embedding=Partial(embedding.apply, phi),
             inner=optimizer.init(phi),
             nonfinite=zero_counts(params),
+            revived=zero_counts(params),
         )
 
     def update_fn(
@@ -153,6 +156,7 @@ def reparametrize(
             embedding=Partial(f, phi),
             inner=inner,
             nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
+            revived=state.revived,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -57,3 +57,38 @@ def test_composition(optax_promotion):
     assert jnp.all(jnp.isfinite(example["sam_params"]))
     assert example["released"][0].count == 400
     assert example["released"][1][0].count == 0
+
+
+def test_frameworks(optax_promotion):
+    (
+        _,
+        plain,
+        linen,
+        nnx,
+        functional,
+        equinox,
+        embedding,
+        checkpoint,
+        revived,
+    ) = run_blocks("docs/frameworks.md")
+    for recipe in (plain, linen, nnx, equinox):
+        losses = np.stack(recipe["losses"])
+        assert losses.shape == (30, 8)
+        assert losses[-1].mean() < 0.5 * losses[0].mean()
+    # The two forms of NNX are one algorithm.
+    np.testing.assert_allclose(
+        functional["functional_losses"], nnx["losses"], rtol=1e-2, atol=1e-4
+    )
+    for recipe in (linen, functional, equinox):  # the best after one more step
+        best = np.mean((recipe["prediction"][:, 0] - recipe["data"].y) ** 2)
+        assert best < 1.5 * recipe["values"].min()
+
+    assert embedding["phi"].table.shape == (8, 4)
+    assert embedding["phi"].heads["out"].shape == (4, 5, 1)
+    run, restored = checkpoint["run"], checkpoint["restored"]
+    assert jax.tree.structure(run) == jax.tree.structure(restored)
+    for tree in (run, restored):
+        tree["key"] = jax.random.key_data(tree["key"])
+    jax.tree.map(np.testing.assert_array_equal, run, restored)
+    np.testing.assert_array_equal(revived["restarts"], [0, 0, 0, 1, 0, 0, 0, 0])
+    assert np.all(np.isfinite(revived["params"]["hidden"]))

@@ -1,0 +1,316 @@
+"""What holds for every tree, dtype, number of replicas and width, whatever the data."""
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import pranam_optax
+
+bf16, f16, f32, f64 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64
+
+
+class Leaf(NamedTuple):
+    """A leaf of one model."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class Case(NamedTuple):
+    """What is static: programs are compiled once for each case."""
+
+    model: Any
+    num_replicas: int
+    features: tuple[int, ...]
+    warmup: str = "none"
+
+
+CASES = {
+    "nested, mixed, with an empty leaf": Case(
+        {"a": [Leaf((2, 2), bf16), Leaf((0, 3), f32)], "c": (Leaf((3,), f32), None)},
+        5,
+        (2,),
+    ),
+    "f16 with an empty leaf": Case([Leaf((4,), f16), Leaf((2, 0), f16)], 2, (2,)),
+    "f64 and f32": Case(Pair(Leaf((2,), f64), Leaf((3,), f32)), 3, (2,), "fit"),
+    "one array": Case(Leaf((5,), f32), 4, (2,), "fit"),
+    "scalars": Case({"w": Leaf((3, 2), f32), "b": Leaf((), f32)}, 3, (3,), "adapter"),
+    "one replica": Case(Pair(Leaf((3,), f32), Leaf((), f32)), 1, (2, 3)),
+    "bf16, deep": Case({"w": Leaf((2, 3), bf16)}, 6, (4, 5), "rescale"),
+    "f16 and f64": Case({"x": Leaf((2,), f16), "y": [Leaf((2,), f64)]}, 2, (1,)),
+}
+FAST = list(CASES)[:3]
+
+
+def is_leaf(node):
+    return isinstance(node, Leaf)
+
+
+def leaves_of(case):
+    return jax.tree.leaves(case.model, is_leaf=is_leaf)
+
+
+def precision(case):
+    """Context in which the case has its dtypes."""
+    wide = any(leaf.dtype == f64 for leaf in leaves_of(case))
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
+
+
+def tolerance(case):
+    """What rounding may do to numbers of size 1 (phi has at least float32)."""
+    return 1e-3 + 4 * max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves_of(case))
+
+
+def draw_tree(case, rng, scale):
+    """Normal numbers, stacked."""
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(
+            scale * rng.normal(size=(case.num_replicas, *leaf.shape)), leaf.dtype
+        ),
+        case.model,
+        is_leaf=is_leaf,
+    )
+
+
+def as_matrix(tree):
+    leaves = [np.asarray(x.astype(f32)) for x in jax.tree.leaves(tree)]
+    return np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
+
+
+def rms(tree):
+    return np.sqrt(np.mean(as_matrix(tree).astype(float) ** 2))
+
+
+def lane(tree, index):
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def permute(state, order):
+    """The state with the codes of the replicas in another order."""
+    phi = state.embedding.args[0]
+    table = phi.table[order]
+    f = state.embedding.func
+    return state._replace(embedding=jax.tree_util.Partial(f, phi._replace(table=table)))
+
+
+def types(tree):
+    return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+
+def embedding_of(case):
+    return pranam_optax.mlp_embedding(
+        case.features, activation=jnp.tanh, warmup=case.warmup
+    )
+
+
+def lanes(case_name, link, update):
+    """One update in four lanes: as it is, permuted, scaled, uncoupled."""
+
+    def program(params, grads, order, scale, coupling):
+        state = link(coupling).init(params)
+
+        def shuffle(tree):
+            return jax.tree.map(lambda x: x[order], tree)
+
+        scaled = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        arguments = [
+            (grads, state, params, coupling),
+            (shuffle(grads), permute(state, order), shuffle(params), coupling),
+            (scaled, state, params, coupling),
+            (grads, state, params, jnp.zeros_like(coupling)),
+        ]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *arguments)
+        return state, jax.vmap(update)(*stacked)
+
+    return jax.jit(program)
+
+
+@functools.cache
+def pranam_program(case_name):
+    embedding = embedding_of(CASES[case_name])
+
+    def link(coupling, normalize_updates=True):
+        return pranam_optax.pranam(
+            embedding, coupling=coupling, normalize_updates=normalize_updates
+        )
+
+    def update(grads, state, params, coupling):
+        normalized, state_after = link(coupling).update(grads, state, params)
+        raw, _ = link(coupling, False).update(grads, state, params)
+        return normalized, raw, state_after
+
+    return lanes(case_name, link, update)
+
+
+@functools.cache
+def reparametrize_program(case_name):
+    tx = pranam_optax.reparametrize(optax.sgd(1e-3), embedding_of(CASES[case_name]))
+
+    def update(grads, state, params, coupling):
+        del coupling
+        updates, state_after = tx.update(grads, state, params)
+        return updates, state_after.embedding.args[0], state_after.embedding()
+
+    return lanes(case_name, lambda coupling: tx, update)
+
+
+@st.composite
+def arguments(draw, case):
+    """Params, gradients, an order, a factor for the gradients, and a coupling."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    # In f16 the scaled gradients have to stay clear of its smallest numbers.
+    narrow = any(leaf.dtype == f16 for leaf in leaves_of(case))
+    limit = 4 if narrow else 40
+    params = draw_tree(case, rng, 10.0 ** draw(st.integers(-2, 2)))
+    grads = draw_tree(case, rng, 2.0 ** draw(st.integers(-limit // 2, limit // 2)))
+    scale = 2.0 ** draw(st.integers(-limit // 2, limit // 2))
+    coupling = draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+    order = rng.permutation(case.num_replicas)
+    return params, grads, order, jnp.float32(scale), jnp.float32(coupling)
+
+
+def check_pranam(name, drawn):
+    case = CASES[name]
+    _, grads, order, _, coupling = drawn
+    state, (normalized, raw, after) = pranam_program(name)(*drawn)
+    updates, atol = lane(normalized, 0), tolerance(case)
+    assert types(updates) == types(grads)
+    assert types(lane(after, 0)) == types(state)
+
+    # The replicas have no order, and the loss no scale.
+    np.testing.assert_allclose(
+        as_matrix(lane(normalized, 1)), as_matrix(updates)[order], atol=4 * atol
+    )
+    np.testing.assert_allclose(
+        as_matrix(lane(normalized, 2)), as_matrix(updates), atol=atol
+    )
+    # Sizes: 1 at both ends, and in between two unit vectors are mixed.
+    size = rms(updates)
+    if coupling in (0, 1):
+        np.testing.assert_allclose(size, 1, rtol=atol)
+    assert size < 1 + atol
+    assert size > 0.05 or coupling == 0.5  # where they might point apart
+    np.testing.assert_allclose(rms(lane(raw, 0)), size * rms(grads), rtol=2 * atol)
+    # Uncoupled the gradients come through bit for bit.
+    uncoupled = jax.tree.leaves(lane(raw, 3))
+    for new, old in zip(uncoupled, jax.tree.leaves(grads), strict=True):
+        assert np.asarray(new).tobytes() == np.asarray(old).tobytes()
+
+
+def check_reparametrize(name, drawn):
+    case = CASES[name]
+    params, grads, order, scale, _ = drawn
+    state, (updates, phi, output) = reparametrize_program(name)(*drawn)
+    assert types(lane(updates, 0)) == types(grads)
+    assert types(lane(phi, 0)) == types(state.embedding.args[0])
+    # The update takes the replicas to the embedding.
+    moved = as_matrix(params) + as_matrix(lane(updates, 0))
+    target = as_matrix(lane(output, 0))
+    size = np.max(np.abs(target)) + np.max(np.abs(as_matrix(params)))
+    np.testing.assert_allclose(moved, target, atol=tolerance(case) * size)
+    # The replicas have no order.
+    np.testing.assert_allclose(
+        as_matrix(lane(output, 1)),
+        target[order],
+        rtol=1e-3,
+        atol=1e-4 * np.max(np.abs(target)),
+    )
+    # Plain descent of phi is proportional to the gradient.
+    for start, step, scaled in zip(
+        jax.tree.leaves(state.embedding.args[0]),
+        jax.tree.leaves(lane(phi, 0)),
+        jax.tree.leaves(lane(phi, 2)),
+        strict=True,
+    ):
+        rounding = 1e-5 * (1 + float(scale)) * np.max(
+            np.abs(np.stack([start, step])), initial=1e-3
+        ) + 1e-5 * np.max(np.abs(scaled), initial=0.0)
+        np.testing.assert_allclose(
+            scaled - start, float(scale) * (step - start), rtol=1e-3, atol=rounding
+        )
+
+
+@pytest.mark.parametrize("check", [check_pranam, check_reparametrize])
+@pytest.mark.parametrize(
+    ("names", "num_examples"),
+    [(FAST, 50), pytest.param(list(CASES), 2800, marks=pytest.mark.slow)],
+    ids=["fast", "slow"],
+)
+def test_properties(check, names, num_examples):
+    counts = dict.fromkeys(names, 0)
+
+    @hypothesis.settings(
+        max_examples=num_examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(st.data(), st.sampled_from(names))
+    def run(data, name):
+        case = CASES[name]
+        with precision(case):
+            check(name, data.draw(arguments(case)))
+        counts[name] += 1
+
+    run()
+    print(f"{check.__name__}: {sum(counts.values())} examples, {counts}")
+
+
+# Gradients at both ends of f16
+
+
+@functools.cache
+def f16_program(normalize_updates):
+    def update(grads, params, coupling):
+        tx = pranam_optax.pranam(
+            pranam_optax.mlp_embedding((2,)),
+            coupling=coupling,
+            normalize_updates=normalize_updates,
+        )
+        updates, state = tx.update(grads, tx.init(params), params)
+        return updates, state.embedding(), state.nonfinite
+
+    return jax.jit(update)
+
+
+@pytest.mark.parametrize("normalize_updates", [True, False])
+@pytest.mark.parametrize("coupling", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("size", "dtype"),  # 6e-8 is the smallest number of f16
+    [(6e-8, f16), (1e-6, f16), (1.0, f16), (6e4, f16), (1e-8, bf16)],
+)
+def test_gradients_of_any_size_for_f16_weights(
+    size, dtype, coupling, normalize_updates
+):
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.normal(size=(4, 6)), f16)
+    grads = jnp.asarray(size * rng.choice([-1.0, 1.0], (4, 6)), dtype)
+    updates, output, nonfinite = f16_program(normalize_updates)(
+        grads, params, jnp.float32(coupling)
+    )
+    assert updates.dtype == dtype
+    assert np.all(np.isfinite(updates))
+    assert np.all(np.isfinite(output))
+    assert not np.any(nonfinite)
+    if normalize_updates:
+        ones, *_ = f16_program(True)(jnp.sign(grads), params, jnp.float32(coupling))
+        np.testing.assert_allclose(rms(updates), rms(ones), rtol=1e-2)
+        assert rms(updates) > 0.1
+    elif coupling == 0:
+        np.testing.assert_array_equal(updates, grads)
+    else:
+        assert 0.1 < rms(updates) / size < 2
