@@ -15,9 +15,10 @@ from pranam_optax._tree import (
     check_replicas,
     check_update,
     compute_dtype,
-    largest_magnitudes,
+    in_range,
     leaf_dtype,
     mask_replicas,
+    replica_norms,
     zero_counts,
 )
 
@@ -65,8 +66,9 @@ def reparametrize(
     follow. The first update takes the replicas from wherever they were to the
     embedding, which the default embedding has been fitted to.
 
-    A replica with a NaN or an infinity in its gradient or weights is left out of
-    :math:`J_f^T G`, and its update is zero; the others go on as if it were not there.
+    A replica with a NaN, an infinity or squares that overflow in its gradient or
+    weights is left out of :math:`J_f^T G`, and its update is zero; the others go on
+    as if it were not there.
 
     Args:
       optimizer: a complete Optax optimizer, learning rate included. It sees
@@ -131,7 +133,8 @@ def reparametrize(
         check_update("reparametrize", updates, params, state.nonfinite)
         f, phi = state.embedding.func, state.embedding.args[0]
         dtype = compute_dtype(*jax.tree.leaves((updates, params)))
-        finite = jnp.isfinite(largest_magnitudes((updates, params), dtype))
+        norms = replica_norms(updates, dtype), replica_norms(params, dtype)
+        finite = in_range(norms[0]) & in_range(norms[1])
 
         # 1. grad l = J^T G: f(phi) cancels in the residual, which is G.
         output, pull_back = jax.vjp(f, phi)

@@ -166,6 +166,7 @@ def test_a_bad_replica_changes_no_other_by_a_bit(first_bad_step):
     for bad_gradient, bad_weight in [
         (jnp.nan, None),
         (-jnp.inf, None),
+        (3e38, None),  # finite, but J^T G would not be
         (jnp.nan, jnp.nan),
         (1.0, jnp.inf),
     ]:
