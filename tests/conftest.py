@@ -15,6 +15,14 @@ def optax_promotion():
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules of many small programs, whose speed does not matter."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

@@ -15,10 +15,7 @@ import pranam_optax
 
 R, NUM_STEPS = 8, 60
 
-pytestmark = pytest.mark.usefixtures("optax_promotion")
-
-# Of what matters here, the speed of the programs does not: they are many and small.
-QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
+pytestmark = pytest.mark.usefixtures("quick_compilation", "optax_promotion")
 
 
 def loss(params):
@@ -92,8 +89,7 @@ def train(tx, params, keywords, num_steps=NUM_STEPS):
     def run(params):
         return jax.lax.scan(scan_step, (params, tx.init(params)), None, num_steps)
 
-    run = jax.jit(run, compiler_options=QUICK_COMPILATION)
-    (params, state), values = run(params)
+    (params, state), values = jax.jit(run)(params)
     chex.assert_tree_all_finite((params, values))
     return values, params, state
 
@@ -129,7 +125,7 @@ ARGUMENTS = {
     "adadelta": {"learning_rate": 30.0},
     "adafactor": {"learning_rate": 0.1},
     "adagrad": {"learning_rate": 0.5},
-    "dog": {"learning_rate": 30.0},
+    "dog": {"learning_rate": 1.0, "init_step": ("distance", 0.3)},
     "dowg": {"learning_rate": 1.0},
     "galore": {"learning_rate": 0.1, "rank": 1},
     "lars": {"learning_rate": 20.0},
@@ -312,7 +308,7 @@ def run_updates(tx, params, *gradients, keywords=({},)):
 
     if len(keywords) < len(gradients):
         keywords = list(keywords) * len(gradients)
-    return jax.jit(run, compiler_options=QUICK_COMPILATION)(gradients, keywords)
+    return jax.jit(run)(gradients, keywords)
 
 
 def scaled(factor, tree):

@@ -16,17 +16,9 @@ from optax.contrib import _common_test as common
 
 import pranam_optax
 
-pytestmark = pytest.mark.usefixtures("optax_promotion")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "optax_promotion")
 
 R = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Of what matters here, the speed of the programs does not."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # The transformations, as factories of hyperparameters
