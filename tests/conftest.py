@@ -15,12 +15,11 @@ def optax_promotion():
         yield
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For modules of many small programs, whose speed does not matter."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """Most tests compile small programs whose speed does not matter."""
+    optimized = any(map(request.node.get_closest_marker, ("slow", "optimized")))
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 @pytest.fixture

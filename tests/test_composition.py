@@ -15,7 +15,7 @@ import pranam_optax
 
 R, NUM_STEPS = 8, 60
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "optax_promotion")
+pytestmark = pytest.mark.usefixtures("optax_promotion")
 
 
 def loss(params):

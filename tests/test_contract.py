@@ -16,7 +16,7 @@ from optax.contrib import _common_test as common
 
 import pranam_optax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "optax_promotion")
+pytestmark = pytest.mark.usefixtures("optax_promotion")
 
 R = 4
 

@@ -48,7 +48,7 @@ def test_original(optax_promotion):
     jax.tree.map(lambda u: np.testing.assert_allclose(u, -0.1, rtol=1e-5), updates)
 
 
-def test_composition(quick_compilation, optax_promotion):
+def test_composition(optax_promotion):
     example = run_blocks("docs/composition.md")[-1]
     assert example["grad_fn"](example["params"])[0].mean() > 20
     for run in ("values", "polyak_values", "weighted_values"):

@@ -11,8 +11,6 @@ from optax import contrib
 
 import pranam_optax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 R = 3
 TRANSFORMATIONS = {
     "apply_if_finite": optax.apply_if_finite(optax.adam(0.1), 2),

@@ -11,6 +11,9 @@ import pytest
 import pranam_optax
 from pranam_optax._embedding import Dense, MLPParams
 
+pytestmark = pytest.mark.optimized
+
+
 FOLDER = pathlib.Path(__file__).parent / "reference"
 R = 8
 

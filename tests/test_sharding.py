@@ -10,6 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import pranam_optax
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(scope="module")
 def mesh():
