@@ -4,6 +4,7 @@ from pranam_optax import problems as problems
 from pranam_optax._embedding import Embedding as Embedding
 from pranam_optax._embedding import embedding_output as embedding_output
 from pranam_optax._embedding import mlp_embedding as mlp_embedding
+from pranam_optax._per_replica import per_replica as per_replica
 from pranam_optax._pranam import PranamState as PranamState
 from pranam_optax._pranam import pranam as pranam
 from pranam_optax._reparametrize import ReparametrizeState as ReparametrizeState
@@ -22,6 +23,7 @@ __all__ = [
     "best_replica",
     "embedding_output",
     "mlp_embedding",
+    "per_replica",
     "pranam",
     "problems",
     "reparametrize",

@@ -164,11 +164,15 @@ def best_replica(params: PyTree, values: jax.Array | np.ndarray) -> PyTree:
       >>> print(pranam_optax.best_replica(params, values)["w"])
       3.0
     """
-    num_replicas = check_replicas(params, "params")
+    check_values(values, check_replicas(params, "params"))
+    best = jnp.argsort(jnp.asarray(values))[0]  # NaN sorts last, after infinity
+    return select_replica(params, best)
+
+
+def check_values(values: jax.Array | np.ndarray, num_replicas: int) -> None:
+    """Checks that there is one value per replica."""
     if jnp.shape(values) != (num_replicas,):
         raise ValueError(
             f"values has shape {jnp.shape(values)}, expected ({num_replicas},): one "
             "value per replica"
         )
-    best = jnp.argsort(jnp.asarray(values))[0]  # NaN sorts last, after infinity
-    return select_replica(params, best)
