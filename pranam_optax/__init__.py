@@ -4,6 +4,10 @@ from pranam_optax import problems as problems
 from pranam_optax._embedding import Embedding as Embedding
 from pranam_optax._embedding import embedding_output as embedding_output
 from pranam_optax._embedding import mlp_embedding as mlp_embedding
+from pranam_optax._fit import FitResult as FitResult
+from pranam_optax._fit import fit as fit
+from pranam_optax._minimize import Progress as Progress
+from pranam_optax._minimize import minimize as minimize
 from pranam_optax._per_replica import per_replica as per_replica
 from pranam_optax._pranam import PranamState as PranamState
 from pranam_optax._pranam import pranam as pranam
@@ -13,15 +17,23 @@ from pranam_optax._replicas import best_replica as best_replica
 from pranam_optax._replicas import replica_value_and_grad as replica_value_and_grad
 from pranam_optax._replicas import replicate as replicate
 from pranam_optax._replicas import select_replica as select_replica
+from pranam_optax._result import MinimizeResult as MinimizeResult
+from pranam_optax._result import Minimum as Minimum
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Embedding",
+    "FitResult",
+    "MinimizeResult",
+    "Minimum",
     "PranamState",
+    "Progress",
     "ReparametrizeState",
     "best_replica",
     "embedding_output",
+    "fit",
+    "minimize",
     "mlp_embedding",
     "per_replica",
     "pranam",
