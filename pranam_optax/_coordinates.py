@@ -131,9 +131,10 @@ def draw_around(key: jax.Array, start: PyTree, low: PyTree, high: PyTree) -> PyT
     def draw(
         key: jax.Array, x: jax.Array, low: jax.Array, high: jax.Array
     ) -> jax.Array:
-        uniform_key, normal_key = jax.random.split(key)
-        u = jax.random.uniform(uniform_key, x.shape, x.dtype)
-        normal = jax.random.normal(normal_key, x.shape, x.dtype)
+        # One draw serves all cases: half the time to compile.
+        tiny = jnp.finfo(x.dtype).eps
+        u = jax.random.uniform(key, x.shape, x.dtype, tiny, 1.0)
+        normal = jax.scipy.special.ndtri(u)
         bottom, top = _finite(low), _finite(high)
         return _select(
             low,

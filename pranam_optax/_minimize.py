@@ -183,7 +183,7 @@ def minimize(
 
 
 def as_partial(fun: Callable[..., Any]) -> Partial:
-    """The function as a pytree: its data, if it is a Partial, may change or be traced."""
+    """The function as a pytree: the data of a Partial may change or be traced."""
     return fun if isinstance(fun, Partial) else Partial(fun)
 
 

@@ -70,6 +70,7 @@ def levenberg_marquardt(
       ImportError: without optimistix.
     """
     try:
+        import lineax
         import optimistix
     except ImportError as error:
         raise ImportError(
@@ -78,7 +79,11 @@ def levenberg_marquardt(
         ) from error
 
     eps = float(jnp.finfo(jax.tree.leaves(params)[0].dtype).eps)
-    solver = optimistix.LevenbergMarquardt(rtol=eps**0.75, atol=eps**0.9)
+    # Cholesky of the damped normal equations: several times faster in a batch than the
+    # default QR, and the damping makes up for what it loses.
+    solver = optimistix.LevenbergMarquardt(
+        rtol=eps**0.75, atol=eps**0.9, linear_solver=lineax.Normal(lineax.Cholesky())
+    )
 
     def refine(params: PyTree) -> Polished:
         solution = optimistix.least_squares(
