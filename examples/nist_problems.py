@@ -27,8 +27,8 @@ class Regression(NamedTuple):
     """
 
     model: Model
-    x: np.ndarray
-    y: np.ndarray
+    x: Any
+    y: Any
     starts: np.ndarray
     certified: np.ndarray
     deviations: np.ndarray
@@ -237,8 +237,8 @@ def load(
 
 # Terms of the sum that may change places, as parameters; and the signs that do not
 # matter: (parameters, those that change sign with them).
-_GAUSS_SYMMETRIES = [((2, 3, 4), (5, 6, 7))], [(4,), (7,)]
-_LANCZOS_SYMMETRIES = [((0, 1), (2, 3)), ((2, 3), (4, 5)), ((0, 1), (4, 5))], []
+_GAUSS_SYMMETRIES: Any = [((2, 3, 4), (5, 6, 7))], [(4,), (7,)]
+_LANCZOS_SYMMETRIES: Any = [((0, 1), (2, 3)), ((2, 3), (4, 5)), ((0, 1), (4, 5))], []
 SYMMETRIES: dict[str, Any] = {
     **dict.fromkeys(("Gauss1", "Gauss2", "Gauss3"), _GAUSS_SYMMETRIES),
     **dict.fromkeys(("Lanczos1", "Lanczos2", "Lanczos3"), _LANCZOS_SYMMETRIES),

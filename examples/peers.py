@@ -43,7 +43,7 @@ def multi_start(
 ) -> Starts:
     """Uniform starts, in the coordinates and with the solver that `fit` uses."""
     center, half = (low + high) / 2, (high - low) / 2
-    solver = optimistix.LevenbergMarquardt(
+    solver: Any = optimistix.LevenbergMarquardt(
         rtol=1e-11, atol=1e-14, linear_solver=lineax.Normal(lineax.Cholesky())
     )
 
@@ -54,7 +54,7 @@ def multi_start(
     @jax.vmap
     def run(key: jax.Array) -> Any:
         u = jax.random.uniform(key, center.shape, center.dtype, -1, 1)
-        solution = optimistix.least_squares(
+        solution: Any = optimistix.least_squares(
             lambda z, _: residuals(to_params(z)),
             solver,
             jnp.arcsin(u),

@@ -49,8 +49,8 @@ class Fit(NamedTuple):
     """A model, its data, and the box of its parameters (a vector)."""
 
     model: Callable[[jax.Array, jax.Array], jax.Array]
-    x: np.ndarray
-    y: np.ndarray
+    x: Any
+    y: Any
     low: np.ndarray
     high: np.ndarray
 
@@ -119,7 +119,7 @@ def load(data_dir: Path | None = None) -> dict[str, Fit]:
 def study(fit: Fit, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """RMSE of each run of each method, at the evaluations that `fit` takes."""
 
-    def residuals(p: jax.Array) -> jax.Array:
+    def residuals(p: Any) -> jax.Array:
         return fit.model(p, fit.x) - fit.y
 
     def rmse(rss: Any) -> np.ndarray:
@@ -189,8 +189,8 @@ def table(name: str, row: dict[str, Any]) -> list[str]:
                 f"| {100 * pooled:.3g} % | |"
             )
         lines.append(
-            f"| {name} | {method} | {np.nanmin(values):.6g} | {np.nanmedian(values):.6g} "
-            f"| {100 * success:.3g} % |"
+            f"| {name} | {method} | {np.nanmin(values):.6g} "
+            f"| {np.nanmedian(values):.6g} | {100 * success:.3g} % |"
         )
         if method == "fit":
             share = np.mean(row["replicas"] < 1.01 * lowest)

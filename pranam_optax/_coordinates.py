@@ -146,7 +146,7 @@ def draw_around(key: jax.Array, start: PyTree, low: PyTree, high: PyTree) -> PyT
         )
 
     leaves, treedef = jax.tree.flatten(start)
-    keys = treedef.unflatten(jax.random.split(key, len(leaves)))
+    keys = jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
     return jax.tree.map(draw, keys, start, low, high)
 
 
@@ -183,7 +183,7 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> tuple[PyTree, PyTree]:
         shapes = like
     if bounds is None:
         bounds = jax.tree.map(lambda _: (-jnp.inf, jnp.inf), shapes)
-    treedef = jax.tree.structure(shapes)
+    treedef: Any = jax.tree.structure(shapes)
     try:
         pairs = treedef.flatten_up_to(bounds)
     except (ValueError, TypeError) as error:

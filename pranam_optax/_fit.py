@@ -110,11 +110,11 @@ class FitResult(MinimizeResult):
 def fit(
     model: Model,
     x: PyTree,
-    y: jax.Array,
+    y: jax.Array | np.ndarray,
     init: PyTree | Callable[[jax.Array], PyTree] | None = None,
     *,
     bounds: PyTree | None = None,
-    sigma: jax.Array | float | None = None,
+    sigma: jax.Array | np.ndarray | float | None = None,
     loss: Loss | None = None,
     key: int | jax.Array = 0,
     num_replicas: int = 64,
@@ -211,7 +211,7 @@ def fit(
 
 
 def _check_data(
-    x: PyTree, y: jax.Array, sigma: jax.Array | float | None
+    x: PyTree, y: jax.Array | np.ndarray, sigma: jax.Array | np.ndarray | float | None
 ) -> tuple[PyTree, jax.Array, jax.Array | None]:
     x, y = jax.tree.map(jnp.asarray, x), jnp.asarray(y)
     if not jnp.issubdtype(y.dtype, jnp.floating):
@@ -311,4 +311,4 @@ def _statistics(
         e.reshape(x.shape)
         for e, x in zip(jnp.split(deviations, splits), leaves, strict=True)
     ]
-    return covariance, treedef.unflatten(errors), chi_square
+    return covariance, jax.tree.unflatten(treedef, errors), chi_square

@@ -81,12 +81,12 @@ def levenberg_marquardt(
     eps = float(jnp.finfo(jax.tree.leaves(params)[0].dtype).eps)
     # Cholesky of the damped normal equations: several times faster in a batch than the
     # default QR, and the damping makes up for what it loses.
-    solver = optimistix.LevenbergMarquardt(
+    solver: Any = optimistix.LevenbergMarquardt(
         rtol=eps**0.75, atol=eps**0.9, linear_solver=lineax.Normal(lineax.Cholesky())
     )
 
     def refine(params: PyTree) -> Polished:
-        solution = optimistix.least_squares(
+        solution: Any = optimistix.least_squares(
             lambda params, _: residuals(params),
             solver,
             params,

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ import pranam_optax
 POINTS = 50
 
 
-def model(p: jax.Array, x: jax.Array) -> jax.Array:
+def model(p: Any, x: Any) -> jax.Array:
     """Six Gaussians on a line: centres, heights, widths of six, offset and slope."""
     center, height, width = p[:6], p[6:12], p[12:18]
     peaks = height * jnp.exp(-(((x[:, None] - center) / width) ** 2))
@@ -63,7 +64,7 @@ def main() -> None:
     low = np.array([0.0] * 12 + [0.1] * 6 + [-10.0] * 2, np.float32)
     high = np.array([10.0] * 12 + [5.0] * 6 + [10.0] * 2, np.float32)
 
-    def residuals(p: jax.Array) -> jax.Array:
+    def residuals(p: Any) -> jax.Array:
         return model(p, x) - y
 
     print("| 64 replicas, 20 parameters | with compilation | compiled | value |")
@@ -72,16 +73,21 @@ def main() -> None:
 
         def run(key: int = 0) -> pranam_optax.FitResult:
             return pranam_optax.fit(
-                model, x, y, bounds=(low, high), key=key, num_steps=args.steps,
+                model,
+                x,
+                y,
+                bounds=(low, high),
+                key=key,
+                num_steps=args.steps,
                 polish=polish,  # noqa: B023
-            )  # fmt: skip
+            )
 
         first = least(run, 1)
         compiled = least(run, args.repeats)
         result = run()
         print(
-            f"| {args.steps} steps, polish {polish} | {first:.2f} s | {compiled:.3f} s "
-            f"| {float(result.value):.4g} |",
+            f"| {args.steps} steps, polish {polish} | {first:.2f} s "
+            f"| {compiled:.3f} s | {float(result.value):.4g} |",
             flush=True,
         )
         if polish == "lm":
