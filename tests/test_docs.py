@@ -46,3 +46,18 @@ def test_original(optax_promotion):
     tx = adam["tf1_adam"](0.1)
     updates, _ = tx.update(params, tx.init(params), params)
     jax.tree.map(lambda u: np.testing.assert_allclose(u, -0.1, rtol=1e-5), updates)
+
+
+def test_fitting(optax_promotion):
+    try:
+        fitted, _, batch = run_blocks("docs/fitting.md")
+    finally:
+        jax.config.update("jax_enable_x64", False)  # the page sets it, as users do
+    result, errors = fitted["result"], fitted["result"].standard_errors
+    assert result.confirmed
+    center = np.sort(result.params["center"])
+    np.testing.assert_allclose(center, fitted["truth"]["center"], atol=3)
+    assert np.all(errors["center"] < 1)
+    results = batch["results"]
+    np.testing.assert_allclose(results.params["slope"], batch["slopes"], rtol=1e-6)
+    assert batch["first"].covariance.shape == (2, 2)

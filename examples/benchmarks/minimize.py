@@ -99,7 +99,8 @@ def main() -> None:
     annealing = time.perf_counter() - begin
     value = float(jnp.sum(residuals(found) ** 2))
     print(
-        f"\ndual_annealing: {annealing:.1f} s for {count} evaluations, value {value:.4g};"
+        f"\ndual_annealing: {annealing:.1f} s for {count} evaluations, value "
+        f"{value:.4g};"
         f" fit: {ours:.3f} s for {budget}. Ratio per evaluation: "
         f"{annealing / count * budget / ours:.1f}"
     )
