@@ -199,7 +199,7 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> tuple[PyTree, PyTree]:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"{where} must be a pair (low, high), got {pair!r}")
         for side in pair:
-            if np.broadcast_shapes(jnp.shape(side), shape) != shape:
+            if not broadcasts_to(jnp.shape(side), shape):
                 raise ValueError(
                     f"{where} has a side of shape {jnp.shape(side)}, but the leaf has "
                     f"shape {shape}"
@@ -213,6 +213,14 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> tuple[PyTree, PyTree]:
         lows.append(jnp.broadcast_to(jnp.asarray(low, dtype), shape))
         highs.append(jnp.broadcast_to(jnp.asarray(high, dtype), shape))
     return treedef.unflatten(lows), treedef.unflatten(highs)
+
+
+def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether an array of this shape broadcasts to the target's."""
+    try:
+        return np.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False
 
 
 def check_within(params: PyTree, low: PyTree, high: PyTree, name: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.tree_util import Partial, keystr
 
+from pranam_optax._coordinates import broadcasts_to
 from pranam_optax._minimize import (
     Callback,
     _check_choice,
@@ -228,7 +229,7 @@ def _check_data(
     if sigma is None:
         return x, y, None
     sigma = jnp.asarray(sigma, y.dtype)
-    if np.broadcast_shapes(sigma.shape, y.shape) != y.shape:
+    if not broadcasts_to(sigma.shape, y.shape):
         raise ValueError(
             f"sigma has shape {sigma.shape}, which does not broadcast to y's {y.shape}"
         )

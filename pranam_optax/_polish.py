@@ -42,7 +42,7 @@ def lbfgs(
         searches = optax.tree.get(state, "num_linesearch_steps")
         gained = last - values > 4 * jnp.finfo(values.dtype).eps * jnp.abs(values)
         params = optax.apply_updates(params, updates)
-        evaluations = evaluations + 1 + searches
+        evaluations = evaluations + 1 + searches.astype(jnp.int32)
         return count + 1, params, state, evaluations, values, jnp.any(gained)
 
     def unfinished(carry: tuple[Any, ...]) -> jax.Array:
