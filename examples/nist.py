@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import pranam_optax
 
-QUICK = ("Misra1a", "MGH10", "Thurber")
+QUICK = ("Misra1a", "Eckerle4")
 WIDTH = 10.0
 
 
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--polish-steps", type=int, default=1000)
     parser.add_argument("--starts", type=int, default=1000, help="of LM, pooled")
     parser.add_argument("--control", action="store_true", help="also without coupling")
-    parser.add_argument("--quick", action="store_true", help="three problems, 2 seeds")
+    parser.add_argument("--quick", action="store_true", help="two problems, 2 seeds")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     names = args.names or list(nist_problems.MODELS)

@@ -13,13 +13,13 @@ from jax.tree_util import Partial, keystr
 from pranam_optax._coordinates import broadcasts_to
 from pranam_optax._minimize import (
     Callback,
-    _check_choice,
+    check_choice,
     as_partial,
     make_method,
     search,
 )
 from pranam_optax._pranam import Coupling
-from pranam_optax._result import MinimizeResult, _as_matrix, _stack
+from pranam_optax._result import MinimizeResult, as_matrix, add_axis
 from pranam_optax._tree import PyTree
 
 Model = Callable[[PyTree, Any], jax.Array]
@@ -103,7 +103,7 @@ class FitResult(MinimizeResult):
         rows = super()._rows()
         if self.standard_errors is None:
             return rows
-        errors = _as_matrix(_stack(self.standard_errors))[0]
+        errors = as_matrix(add_axis(self.standard_errors))[0]
         cells = ["standard error", *(f"{e:.3g}" for e in errors)]
         return [(*row, cell) for row, cell in zip(rows, cells, strict=True)]
 
@@ -187,7 +187,7 @@ def fit(
       >>> print(f"{result.params['a']:.3f} {result.params['rate']:.3f}")
       3.000 1.500
     """
-    _check_choice(polish, ("auto", "lm", "lbfgs", None), "polish")
+    check_choice(polish, ("auto", "lm", "lbfgs", None), "polish")
     if polish == "auto":
         polish = "lm" if loss is None else "lbfgs"
     if polish == "lm" and loss is not None:

@@ -175,7 +175,7 @@ def minimize(
       >>> sorted(round(float(m.params["x"]), 3) for m in result.minima[:2])
       [-0.09, 0.09]
     """
-    _check_choice(polish, ("lbfgs", None), "polish")
+    check_choice(polish, ("lbfgs", None), "polish")
     method = make_method(num_replicas, num_steps, optimizer, polish, polish_steps)
     return search(
         as_partial(fun), None, init, key, method, coupling, bounds, callback, progress
@@ -187,7 +187,7 @@ def as_partial(fun: Callable[..., Any]) -> Partial:
     return fun if isinstance(fun, Partial) else Partial(fun)
 
 
-def _check_choice(value: Any, choices: tuple[Any, ...], name: str) -> None:
+def check_choice(value: Any, choices: tuple[Any, ...], name: str) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from pranam_optax._fit import FitResult
-from pranam_optax._result import MinimizeResult, _check_single
+from pranam_optax._result import MinimizeResult, check_single
 
 
 def _pyplot() -> Any:
@@ -21,7 +21,7 @@ def _pyplot() -> Any:
 
 def plot_result(result: MinimizeResult) -> Any:
     """Loss curves and minima."""
-    _check_single(result)
+    check_single(result)
     figure, axes = _pyplot().subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     _plot_history(axes[0], result)
     _plot_minima(axes[1], result)
@@ -30,7 +30,7 @@ def plot_result(result: MinimizeResult) -> Any:
 
 def plot_fit(result: FitResult) -> Any:
     """Loss curves, minima, and the fit over its residuals."""
-    _check_single(result)
+    check_single(result)
     figure, axes = _pyplot().subplot_mosaic(
         [["history", "fit"], ["minima", "residuals"]],
         figsize=(9, 6),

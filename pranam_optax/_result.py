@@ -12,8 +12,8 @@ from jax.tree_util import keystr
 
 from pranam_optax._tree import PyTree
 
-# Replicas share a minimum if their values agree to this part of the value's size and
-# of the range of values at the starts, and their params to this part of the scale.
+# Replicas share a minimum if their values agree to this part of the value's size, and
+# their params to this part of the scale.
 _VALUE_TOLERANCE = 1e-5
 _PARAMS_TOLERANCE = 1e-2
 
@@ -73,9 +73,9 @@ class MinimizeResult:
         Two replicas share a minimum if their values agree (to 1e-5 of the value's size)
         and no parameter differs by more than 1 % of its `scale`.
         """
-        _check_single(self)
+        check_single(self)
         values = np.asarray(self.replica_values)
-        points = _as_matrix(self.replica_params) / _as_matrix(_stack(self.scale))
+        points = as_matrix(self.replica_params) / as_matrix(add_axis(self.scale))
         groups: list[list[int]] = []
         for r in np.argsort(values, kind="stable"):
             if not np.isfinite(values[r]):
@@ -91,7 +91,9 @@ class MinimizeResult:
                 groups.append([int(r)])
         return [
             Minimum(
-                jax.tree.map(lambda x, r=group[0]: x[r], self.replica_params),
+                jax.tree.map(
+                    lambda x, r=group[0]: np.asarray(x)[r], self.replica_params
+                ),
                 float(values[group[0]]),
                 tuple(group),
             )
@@ -105,7 +107,7 @@ class MinimizeResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python and NumPy: what was found, without the history."""
-        _check_single(self)
+        check_single(self)
         return {
             "params": jax.tree.map(_plain, self.params),
             "value": float(self.value),
@@ -126,12 +128,12 @@ class MinimizeResult:
 
         `pandas.DataFrame(result.table())` makes a data frame of it.
         """
-        _check_single(self)
+        check_single(self)
         order = np.argsort(np.asarray(self.replica_values), kind="stable")
         minimum_of = {
             r: i for i, minimum in enumerate(self.minima) for r in minimum.replicas
         }
-        matrix = _as_matrix(self.replica_params)[order]
+        matrix = as_matrix(self.replica_params)[order]
         columns: dict[str, list[Any]] = {
             "replica": order.tolist(),
             "value": np.asarray(self.replica_values)[order].tolist(),
@@ -162,7 +164,7 @@ class MinimizeResult:
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Header and rows of the table of parameters."""
-        best = _as_matrix(_stack(self.params))[0]
+        best = as_matrix(add_axis(self.params))[0]
         names = parameter_names(self.params)
         rows = [(n, f"{x:.8g}") for n, x in zip(names, best, strict=True)]
         return [("parameter", "value"), *rows]
@@ -214,11 +216,12 @@ def _shorten(rows: list[tuple[str, ...]], limit: int = 30) -> list[tuple[str, ..
     return [*rows[: limit + 1], rest]
 
 
-def _stack(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
+def add_axis(tree: PyTree) -> PyTree:
+    """One model's params as stacked params of one replica, on the host."""
+    return jax.tree.map(lambda x: np.asarray(x)[None], tree)
 
 
-def _as_matrix(tree: PyTree) -> np.ndarray:
+def as_matrix(tree: PyTree) -> np.ndarray:
     """Stacked params as `[R, number of entries]`, on the host."""
     leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
     return np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
@@ -228,7 +231,7 @@ def _plain(x: Any) -> Any:
     return np.asarray(x).tolist()
 
 
-def _check_single(result: MinimizeResult) -> None:
+def check_single(result: MinimizeResult) -> None:
     if np.ndim(result.value):
         raise ValueError(
             f"this is a batch of results, of shape {np.shape(result.value)}; take one "

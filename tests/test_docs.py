@@ -50,7 +50,8 @@ def test_original(optax_promotion):
 
 def test_fitting(optax_promotion):
     try:
-        fitted, _, batch = run_blocks("docs/fitting.md")
+        with jax.numpy_rank_promotion("allow"):  # the model is a user's
+            fitted, _, batch = run_blocks("docs/fitting.md")
     finally:
         jax.config.update("jax_enable_x64", False)  # the page sets it, as users do
     result, errors = fitted["result"], fitted["result"].standard_errors
