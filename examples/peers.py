@@ -119,22 +119,28 @@ def dual_annealing(
     num_evaluations: int,
     seed: int,
 ) -> tuple[np.ndarray, int]:
-    """SciPy's, whose local searches are given the gradient."""
+    """SciPy's, whose local searches are given the gradient; it counts as well."""
     count = 0
 
+    def rss(b: jax.Array) -> jax.Array:
+        return jnp.sum(residuals(b) ** 2)
+
     @jax.jit
-    def value_and_grad(b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        value, grad = jax.value_and_grad(lambda b: jnp.sum(residuals(b) ** 2))(b)
-        ok = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
-        return jnp.where(ok, value, 1e300), jnp.where(ok, grad, 0.0)
+    def value(b: jax.Array) -> jax.Array:
+        value = rss(b)
+        return jnp.where(jnp.isfinite(value), value, jnp.finfo(value.dtype).max)
+
+    grad = jax.jit(jax.grad(rss))
 
     def fun(b: np.ndarray) -> float:
         nonlocal count
         count += 1
-        return float(value_and_grad(b)[0])
+        return float(value(b))
 
     def jac(b: np.ndarray) -> np.ndarray:
-        return np.asarray(value_and_grad(b)[1])
+        nonlocal count
+        count += 1
+        return np.nan_to_num(grad(b), nan=0.0, posinf=0.0, neginf=0.0)
 
     def stop(b: np.ndarray, value: float, context: int) -> bool:
         return count >= num_evaluations

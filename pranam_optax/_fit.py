@@ -13,13 +13,13 @@ from jax.tree_util import Partial, keystr
 from pranam_optax._coordinates import broadcasts_to
 from pranam_optax._minimize import (
     Callback,
-    check_choice,
     as_partial,
+    check_choice,
     make_method,
     search,
 )
 from pranam_optax._pranam import Coupling
-from pranam_optax._result import MinimizeResult, as_matrix, add_axis
+from pranam_optax._result import MinimizeResult, add_axis, as_matrix
 from pranam_optax._tree import PyTree
 
 Model = Callable[[PyTree, Any], jax.Array]

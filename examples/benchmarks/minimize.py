@@ -45,10 +45,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument(
+        "--annealing", type=int, default=10**9, help="most evaluations of it"
+    )
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
-        args.repeats, args.steps = 2, 20
+        args.repeats, args.steps, args.annealing = 2, 20, 500
 
     rng = np.random.default_rng(0)
     x = np.linspace(0, 10, POINTS, dtype=np.float32)
@@ -94,7 +97,7 @@ def main() -> None:
             budget, ours = int(result.num_evaluations), compiled
     begin = time.perf_counter()
     found, count = peers.dual_annealing(
-        residuals, low, high, num_evaluations=budget, seed=0
+        residuals, low, high, num_evaluations=min(budget, args.annealing), seed=0
     )
     annealing = time.perf_counter() - begin
     value = float(jnp.sum(residuals(found) ** 2))
