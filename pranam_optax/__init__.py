@@ -4,7 +4,11 @@ from pranam_optax import problems as problems
 from pranam_optax._embedding import Embedding as Embedding
 from pranam_optax._embedding import embedding_output as embedding_output
 from pranam_optax._embedding import mlp_embedding as mlp_embedding
+from pranam_optax._fit import FitResult as FitResult
+from pranam_optax._fit import fit as fit
 from pranam_optax._flax import flax_embedding as flax_embedding
+from pranam_optax._minimize import Progress as Progress
+from pranam_optax._minimize import minimize as minimize
 from pranam_optax._per_replica import per_replica as per_replica
 from pranam_optax._pranam import PranamState as PranamState
 from pranam_optax._pranam import pranam as pranam
@@ -14,6 +18,8 @@ from pranam_optax._replicas import best_replica as best_replica
 from pranam_optax._replicas import replica_value_and_grad as replica_value_and_grad
 from pranam_optax._replicas import replicate as replicate
 from pranam_optax._replicas import select_replica as select_replica
+from pranam_optax._result import MinimizeResult as MinimizeResult
+from pranam_optax._result import Minimum as Minimum
 from pranam_optax._revive import revive_replicas as revive_replicas
 from pranam_optax._weighting import WeightReplicasState as WeightReplicasState
 from pranam_optax._weighting import weight_replicas as weight_replicas
@@ -22,12 +28,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Embedding",
+    "FitResult",
+    "MinimizeResult",
+    "Minimum",
     "PranamState",
+    "Progress",
     "ReparametrizeState",
     "WeightReplicasState",
     "best_replica",
     "embedding_output",
+    "fit",
     "flax_embedding",
+    "minimize",
     "mlp_embedding",
     "per_replica",
     "pranam",

@@ -92,3 +92,19 @@ def test_frameworks(optax_promotion):
     jax.tree.map(np.testing.assert_array_equal, run, restored)
     np.testing.assert_array_equal(revived["restarts"], [0, 0, 0, 1, 0, 0, 0, 0])
     assert np.all(np.isfinite(revived["params"]["hidden"]))
+
+
+def test_fitting(optax_promotion):
+    try:
+        with jax.numpy_rank_promotion("allow"):  # the model is a user's
+            fitted, _, batch = run_blocks("docs/fitting.md")
+    finally:
+        jax.config.update("jax_enable_x64", False)  # the page sets it, as users do
+    result, errors = fitted["result"], fitted["result"].standard_errors
+    assert result.confirmed
+    center = np.sort(result.params["center"])
+    np.testing.assert_allclose(center, fitted["truth"]["center"], atol=3)
+    assert np.all(errors["center"] < 1)
+    results = batch["results"]
+    np.testing.assert_allclose(results.params["slope"], batch["slopes"], rtol=1e-6)
+    assert batch["first"].covariance.shape == (2, 2)

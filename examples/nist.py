@@ -1,0 +1,213 @@
+"""The 27 NIST StRD regressions from wide random boxes, and other methods beside.
+
+    python examples/nist.py --quick
+    python examples/nist.py --seeds 20 --plot nist.png
+
+The box is the same for all problems and methods: [-10 |b|, 10 |b|] for each certified
+parameter b, the sign unknown; the official starts are never used by `fit`. A run
+succeeds if all its parameters agree with the certified ones to 6 digits (up to the
+order of equal terms of a sum, and signs that do not matter).
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import nist_problems
+import numpy as np
+import peers
+import scipy.optimize
+from tqdm import tqdm
+
+import pranam_optax
+
+QUICK = ("Misra1a", "Eckerle4")
+WIDTH = 10.0
+
+
+def box(problem: nist_problems.Regression) -> tuple[np.ndarray, np.ndarray]:
+    size = WIDTH * np.abs(problem.certified)
+    return -size, size
+
+
+def fit_seeds(
+    problem: nist_problems.Regression, num_seeds: int, **options: Any
+) -> pranam_optax.FitResult:
+    """One fit per seed, all at once: a batch of results."""
+
+    @jax.jit
+    @jax.vmap
+    def run(key: jax.Array) -> pranam_optax.FitResult:
+        return pranam_optax.fit(
+            problem.model, problem.x, problem.y, bounds=box(problem), key=key, **options
+        )
+
+    return jax.block_until_ready(run(jax.random.split(jax.random.key(0), num_seeds)))
+
+
+def official_digits(name: str, problem: nist_problems.Regression) -> list[float]:
+    """SciPy's `least_squares` with its defaults, from the two official starts."""
+
+    def residuals(b: Any) -> Any:
+        return problem.model(b, problem.x) - problem.y
+
+    digits = []
+    for start in problem.starts:
+        try:
+            with np.errstate(all="ignore"):
+                found = scipy.optimize.least_squares(
+                    jax.jit(residuals), start, jac=jax.jit(jax.jacfwd(residuals))
+                )
+            digits.append(float(nist_problems.digits(name, problem, found.x)))
+        except ValueError:  # not finite at the start
+            digits.append(0.0)
+    return digits
+
+
+def study(
+    name: str, problem: nist_problems.Regression, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One row of the table."""
+
+    def residuals(b: jax.Array) -> jax.Array:
+        return problem.model(b, problem.x) - problem.y
+
+    def hits(b: np.ndarray) -> np.ndarray:
+        return nist_problems.digits(name, problem, b) >= 6
+
+    options = {
+        "num_replicas": args.replicas,
+        "num_steps": args.steps,
+        "polish_steps": args.polish_steps,
+    }
+    begin = time.process_time()
+    ours = fit_seeds(problem, args.seeds, **options)
+    seconds = time.process_time() - begin
+    digits = nist_problems.digits(name, problem, np.asarray(ours.params))
+    budget = int(np.mean(ours.num_evaluations))
+    row: dict[str, Any] = {
+        "digits": float(digits.min()),
+        "success": float(np.mean(digits >= 6)),
+        "replicas": float(hits(np.asarray(ours.replica_params)).mean()),
+        "value": float(np.max(ours.value) / problem.rss),
+        "evaluations": budget,
+        "seconds": seconds,
+    }
+    if args.control:
+        alone = fit_seeds(problem, args.seeds, coupling=0.0, **options)
+        row["uncoupled"] = float(hits(np.asarray(alone.params)).mean())
+
+    low, high = box(problem)
+    starts = peers.multi_start(
+        residuals,
+        low,
+        high,
+        num_starts=args.starts,
+        max_steps=args.polish_steps,
+        seed=1,
+    )
+    hit = hits(starts.params)
+    row["per start"] = float(hit.mean())
+    row["multi-start"] = starts.success_at(hit, budget)
+    row["official"] = official_digits(name, problem)
+    for peer in (peers.differential_evolution, peers.dual_annealing):
+        ends = [
+            peers.polish(
+                residuals,
+                peer(residuals, low, high, num_evaluations=budget, seed=seed)[0],
+            )
+            for seed in range(args.peer_seeds)
+        ]
+        row[peer.__name__] = float(hits(np.stack(ends)).mean()) if ends else np.nan
+    return row
+
+
+def percent(x: float) -> str:
+    return "-" if np.isnan(x) else f"{100 * x:.3g} %"
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    cells = [
+        name,
+        f"{row['digits']:.1f}",
+        percent(row["success"]),
+        percent(row["replicas"]),
+        percent(row.get("uncoupled", np.nan)),
+        percent(row["multi-start"]),
+        percent(row["per start"]),
+        percent(row["differential_evolution"]),
+        percent(row["dual_annealing"]),
+        ", ".join(f"{d:.1f}" for d in row["official"]),
+        f"{row['evaluations']}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+HEADER = (
+    "| problem | fit: fewest digits | success | of its replicas | uncoupled "
+    "| multi-start LM | one start of LM | differential evolution | dual annealing "
+    "| least_squares from the official starts: digits | evaluations |\n" + "| --- " * 11
+) + "|"
+
+
+def plot(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
+    methods = {
+        "success": "fit",
+        "multi-start": "multi-start LM",
+        "per start": "one start of LM",
+    }
+    for i, (key, label) in enumerate(methods.items()):
+        axes.bar(
+            np.arange(len(rows)) + 0.27 * (i - 1),
+            [100 * row[key] for row in rows.values()],
+            width=0.27,
+            label=label,
+        )
+    axes.set_xticks(range(len(rows)), rows, rotation=60, ha="right")
+    axes.set(ylabel="runs with 6 digits (%)", title="NIST StRD, box 10 |b|")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help="problems; default all")
+    parser.add_argument("--data-dir", type=Path, help="folder with NIST's files")
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--peer-seeds", type=int, default=2)
+    parser.add_argument("--replicas", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--polish-steps", type=int, default=1000)
+    parser.add_argument("--starts", type=int, default=1000, help="of LM, pooled")
+    parser.add_argument("--control", action="store_true", help="also without coupling")
+    parser.add_argument("--quick", action="store_true", help="two problems, 2 seeds")
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    names = args.names or list(nist_problems.MODELS)
+    if args.quick:
+        names = args.names or list(QUICK)
+        args.seeds, args.peer_seeds, args.steps, args.starts = 2, 0, 200, 64
+
+    jax.config.update("jax_enable_x64", True)
+    rows: dict[str, dict[str, Any]] = {}
+    print(HEADER)
+    with tqdm(nist_problems.load(args.data_dir, names).items(), unit="fit") as progress:
+        for name, problem in progress:
+            progress.set_description(name)
+            rows[name] = study(name, problem, args)
+            progress.write(line(name, rows[name]))
+    good = [row["success"] >= 0.95 for row in rows.values()]
+    print(
+        f"\n{sum(good)} of {len(good)} problems succeed in at least 95 % of the runs."
+    )
+    if args.plot:
+        plot(args.plot, rows)
+
+
+if __name__ == "__main__":
+    main()

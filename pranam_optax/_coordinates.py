@@ -1,0 +1,273 @@
+"""Coordinates in which bounded parameters are free and have the same unit scale."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr
+
+from pranam_optax._tree import PyTree, leaf_dtype
+
+# How far inside the box a start lies at least, in parts of the half-width or scale: on
+# a bound itself the transform is stationary.
+_MARGIN = 1e-3
+
+
+class Coordinates(NamedTuple):
+    r"""The transform from coordinates :math:`z` to params :math:`x`, entry by entry.
+
+    .. math::
+      x = \begin{cases}
+        \frac{l + h}2 + \frac{h - l}2 \sin z & l, h \text{ finite} \\
+        l + s \log(1 + e^z) & \text{only } l \text{ finite} \\
+        h - s \log(1 + e^{-z}) & \text{only } h \text{ finite} \\
+        m + s z & \text{neither}
+      \end{cases}
+
+    The sine reflects at the bounds: descent that leaves the box re-enters it, and
+    unlike with a sigmoid a replica near a bound still moves.
+
+    Attributes:
+      low: l, like one model's params.
+      high: h, like one model's params.
+      center: m, like one model's params.
+      scale: s, like one model's params; half the width of the box where it is finite.
+    """
+
+    low: PyTree
+    high: PyTree
+    center: PyTree
+    scale: PyTree
+
+    def to_params(self, z: PyTree) -> PyTree:
+        """Params of one model, for its coordinates."""
+        return jax.tree.map(_to_param, z, *self)
+
+    def from_params(self, x: PyTree) -> PyTree:
+        """Coordinates of one model's params, which must lie within the bounds."""
+        return jax.tree.map(_from_param, x, *self)
+
+
+def _to_param(
+    z: jax.Array, low: jax.Array, high: jax.Array, center: jax.Array, scale: jax.Array
+) -> jax.Array:
+    inside = center + scale * jnp.sin(z)
+    above = _finite(low) + scale * jax.nn.softplus(z)
+    below = _finite(high) - scale * jax.nn.softplus(-z)
+    return jnp.clip(
+        _select(low, high, inside, above, below, center + scale * z), low, high
+    )
+
+
+def _from_param(
+    x: jax.Array, low: jax.Array, high: jax.Array, center: jax.Array, scale: jax.Array
+) -> jax.Array:
+    unit = (x - center) / scale
+    inside = jnp.arcsin(jnp.clip(unit, -1 + _MARGIN, 1 - _MARGIN))
+    above = _inverse_softplus(jnp.maximum((x - _finite(low)) / scale, _MARGIN))
+    below = -_inverse_softplus(jnp.maximum((_finite(high) - x) / scale, _MARGIN))
+    return _select(low, high, inside, above, below, unit)
+
+
+def _finite(bound: jax.Array) -> jax.Array:
+    """The bound, or zero where there is none: no infinity reaches a gradient."""
+    return jnp.where(jnp.isfinite(bound), bound, jnp.zeros_like(bound))
+
+
+def _inverse_softplus(y: jax.Array) -> jax.Array:
+    return y + jnp.log(-jnp.expm1(-y))
+
+
+def _select(
+    low: jax.Array,
+    high: jax.Array,
+    inside: jax.Array,
+    above: jax.Array,
+    below: jax.Array,
+    free: jax.Array,
+) -> jax.Array:
+    has_low, has_high = jnp.isfinite(low), jnp.isfinite(high)
+    return jnp.where(
+        has_low, jnp.where(has_high, inside, above), jnp.where(has_high, below, free)
+    )
+
+
+def make_coordinates(starts: PyTree, low: PyTree, high: PyTree) -> Coordinates:
+    """Coordinates in which the starts (stacked params) spread over about one unit."""
+
+    def center(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+        boxed = jnp.isfinite(low) & jnp.isfinite(high)
+        return jnp.where(boxed, (_finite(low) + _finite(high)) / 2, jnp.mean(x, axis=0))
+
+    def scale(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+        boxed = jnp.isfinite(low) & jnp.isfinite(high)
+        spread = jnp.std(x, axis=0)
+        # Where the starts agree, the size of what they agree on.
+        size = jnp.max(jnp.abs(x), axis=0)
+        size = jnp.where(size > 0, size, jnp.ones_like(size))
+        spread = jnp.where(spread > jnp.finfo(x.dtype).eps * size, spread, size)
+        return jnp.where(boxed, (_finite(high) - _finite(low)) / 2, spread)
+
+    return Coordinates(
+        low,
+        high,
+        jax.tree.map(center, starts, low, high),
+        jax.tree.map(scale, starts, low, high),
+    )
+
+
+def draw_around(key: jax.Array, start: PyTree, low: PyTree, high: PyTree) -> PyTree:
+    """A random start for one model.
+
+    Uniform between finite bounds. With one bound, the start's distance from it times a
+    log-normal factor; with none, the start plus a normal of its own size (1 if zero).
+    """
+
+    def size(x: jax.Array) -> jax.Array:
+        x = jnp.abs(x)
+        return jnp.where(x > 0, x, jnp.ones_like(x))
+
+    def draw(
+        key: jax.Array, x: jax.Array, low: jax.Array, high: jax.Array
+    ) -> jax.Array:
+        # One draw serves all cases: half the time to compile.
+        tiny = jnp.finfo(x.dtype).eps
+        u = jax.random.uniform(key, x.shape, x.dtype, tiny, 1.0)
+        normal = jax.scipy.special.ndtri(u)
+        bottom, top = _finite(low), _finite(high)
+        return _select(
+            low,
+            high,
+            bottom + (top - bottom) * u,
+            bottom + size(x - bottom) * jnp.exp(normal),
+            top - size(top - x) * jnp.exp(normal),
+            x + size(x) * normal,
+        )
+
+    leaves, treedef = jax.tree.flatten(start)
+    keys = jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
+    return jax.tree.map(draw, keys, start, low, high)
+
+
+def check_params(params: PyTree, name: str) -> None:
+    """Checks that one model's params, or their shapes, are real floats."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError(f"{name} has no leaves; there is nothing to fit")
+    for path, leaf in leaves:
+        dtype = leaf_dtype(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name}{keystr(path)} has dtype {dtype} (shape {jnp.shape(leaf)}); "
+                "expected real floating-point params"
+            )
+
+
+def parse_bounds(bounds: PyTree, like: PyTree | None) -> tuple[PyTree, PyTree]:
+    """Splits a tree of pairs `(low, high)` in two trees of arrays.
+
+    Args:
+      bounds: a pair for each leaf of the params, or None for no bounds at all.
+      like: one model's params, or their shapes; None to take them from the bounds.
+
+    Raises:
+      ValueError: for bounds of another structure or shape, or reversed.
+    """
+    if like is None:
+        if bounds is None:
+            raise ValueError("pass init, or bounds, or both")
+        shapes = jax.tree.map(_shape_between, bounds, is_leaf=_is_pair)
+        check_params(shapes, "bounds")
+    else:
+        shapes = like
+    if bounds is None:
+        bounds = jax.tree.map(lambda _: (-jnp.inf, jnp.inf), shapes)
+    treedef: Any = jax.tree.structure(shapes)
+    try:
+        pairs = treedef.flatten_up_to(bounds)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "bounds must have one pair (low, high) for each leaf of the params, whose "
+            f"structure is {treedef}; got {bounds!r}"
+        ) from error
+    lows, highs = [], []
+    for (path, leaf), pair in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), pairs, strict=True
+    ):
+        where, shape, dtype = "bounds" + keystr(path), jnp.shape(leaf), leaf_dtype(leaf)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(f"{where} must be a pair (low, high), got {pair!r}")
+        for side in pair:
+            if not broadcasts_to(jnp.shape(side), shape):
+                raise ValueError(
+                    f"{where} has a side of shape {jnp.shape(side)}, but the leaf has "
+                    f"shape {shape}"
+                )
+        low, high = pair
+        if _concrete(low, high) and not np.all(np.asarray(low) < np.asarray(high)):
+            raise ValueError(
+                f"{where} is reversed or empty: expected low < high, got low = {low!r} "
+                f"and high = {high!r}"
+            )
+        lows.append(jnp.broadcast_to(jnp.asarray(low, dtype), shape))
+        highs.append(jnp.broadcast_to(jnp.asarray(high, dtype), shape))
+    return treedef.unflatten(lows), treedef.unflatten(highs)
+
+
+def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether an array of this shape broadcasts to the target's."""
+    try:
+        return np.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False
+
+
+def check_within(params: PyTree, low: PyTree, high: PyTree, name: str) -> None:
+    """Checks that params, of one model or stacked, lie within their bounds."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, x), a, b in zip(
+        leaves, jax.tree.leaves(low), jax.tree.leaves(high), strict=True
+    ):
+        if not _concrete(x, a, b):
+            continue
+        outside = ~((np.asarray(x) >= np.asarray(a)) & (np.asarray(x) <= np.asarray(b)))
+        if outside.any():
+            raise ValueError(
+                f"{name}{keystr(path)} (shape {jnp.shape(x)}) lies outside its bounds "
+                f"in {outside.sum()} of {outside.size} entries: got {_brief(x)}, "
+                f"expected low = {_brief(a)} to high = {_brief(b)}"
+            )
+
+
+def _brief(x: Any) -> str:
+    return np.array2string(np.asarray(x), precision=6, threshold=8, edgeitems=3)
+
+
+def _concrete(*values: Any) -> bool:
+    return not any(isinstance(x, jax.core.Tracer) for x in values)
+
+
+def _is_pair(node: Any) -> bool:
+    return (
+        isinstance(node, (tuple, list))
+        and len(node) == 2
+        and not any(isinstance(side, (tuple, list, dict)) for side in node)
+    )
+
+
+def _shape_between(pair: Any) -> jax.ShapeDtypeStruct:
+    if not _is_pair(pair):
+        raise ValueError(
+            "without init, bounds must be a tree of pairs (low, high); got "
+            f"{pair!r} as a leaf"
+        )
+    sides = [jnp.asarray(side, float) for side in pair]
+    if all(_concrete(s) for s in sides) and not all(
+        np.all(np.isfinite(s)) for s in sides
+    ):
+        raise ValueError(
+            f"without init, bounds must be finite; got {pair!r}. Pass init as well."
+        )
+    shape = np.broadcast_shapes(*(s.shape for s in sides))
+    return jax.ShapeDtypeStruct(shape, jnp.result_type(*sides))

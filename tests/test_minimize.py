@@ -1,0 +1,366 @@
+"""`minimize`: what it finds, what it reports, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import pranam_optax
+from pranam_optax._coordinates import draw_around, make_coordinates
+from pranam_optax._result import MinimizeResult
+
+INF = float("inf")
+
+
+def camel(p):
+    """Two deepest minima of -1.0316 at (0.0898, -0.7127) and its mirror image."""
+    x, y = p["x"], p["y"]
+    return (4 - 2.1 * x**2 + x**4 / 3) * x**2 + x * y + 4 * (y**2 - 1) * y**2
+
+
+BOUNDS = {"x": (-3, 3), "y": (-2, 2)}
+SMALL = {"num_replicas": 8, "num_steps": 40}
+UNPOLISHED = SMALL | {"polish": None}
+
+
+@pytest.fixture(autouse=True)
+def promotion(optax_promotion):
+    """L-BFGS and Levenberg-Marquardt are not clean under strict promotion."""
+
+
+@pytest.fixture(scope="module")
+def found():
+    with jax.numpy_dtype_promotion("standard"):
+        return pranam_optax.minimize(camel, None, bounds=BOUNDS, **SMALL)
+
+
+# What is found
+
+
+def test_the_deepest_minima_are_found(found):
+    np.testing.assert_allclose(found.value, -1.0316285, rtol=1e-6)
+    assert found.confirmed
+    best, mirrored = found.minima[:2]
+    np.testing.assert_allclose(mirrored.value, best.value, rtol=1e-5)
+    for minimum in (best, mirrored):
+        sign = np.sign(minimum.params["x"])
+        np.testing.assert_allclose(minimum.params["x"], sign * 0.08984, atol=1e-3)
+        np.testing.assert_allclose(minimum.params["y"], -sign * 0.71266, atol=1e-3)
+    np.testing.assert_allclose(camel(found.params), found.value, rtol=1e-6)
+    assert sum(m.num_replicas for m in found.minima) == 8
+
+
+def test_no_replica_ends_above_a_value_it_has_seen(found):
+    lowest = found.history.min(axis=0)
+    assert found.history.shape == (40, 8)
+    assert jnp.all(found.replica_values <= lowest + 1e-6)
+    assert found.value == found.replica_values.min()
+    # Starts (4 per replica), coupled phase and three last looks at least.
+    assert found.num_evaluations > 4 * 8 + 40 * 8 + 5 * 8
+    np.testing.assert_allclose(found.history[0], found.start_values[:8], rtol=1e-6)
+
+
+def test_a_run_is_repeated_without_another_trace(found):
+    traces = []
+
+    def fun(p):
+        traces.append(1)
+        return camel(p)
+
+    options = {"bounds": BOUNDS, "polish": None, **SMALL}
+    first = pranam_optax.minimize(fun, None, key=1, **options)
+    count = len(traces)
+    again = pranam_optax.minimize(fun, None, key=1, **options)
+    other = pranam_optax.minimize(fun, None, key=2, **options)
+    assert len(traces) <= count + 2  # the scalar check looks at the shapes only
+    np.testing.assert_array_equal(first.replica_values, again.replica_values)
+    assert not np.array_equal(first.replica_values, other.replica_values)
+
+
+def test_callback_sees_every_chunk_and_may_stop(found):
+    seen = []
+
+    def callback(progress):
+        assert progress.params["x"].shape == (8,)
+        seen.append((progress.step, float(progress.values.min())))
+        return progress.step >= 20 and len(seen) >= 10 and stop
+
+    stop = False
+    whole = pranam_optax.minimize(
+        camel, None, bounds=BOUNDS, callback=callback, progress=True, **UNPOLISHED
+    )
+    assert [step for step, _ in seen] == list(range(2, 41, 2))
+    values = [value for _, value in seen]
+    assert values == sorted(values, reverse=True)
+    np.testing.assert_allclose(whole.history, found.history, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(whole.value, values[-1], rtol=1e-3)
+
+    seen.clear()
+    stop = True
+    stopped = pranam_optax.minimize(
+        camel, None, bounds=BOUNDS, callback=callback, **UNPOLISHED
+    )
+    assert len(seen) == 10
+    assert stopped.history.shape == (20, 8)
+    np.testing.assert_allclose(stopped.history, whole.history[:20], rtol=1e-6)
+
+
+def test_starts_where_the_function_is_not_finite_are_replaced():
+    def fun(p):  # NaN for half of the starts
+        return jnp.sqrt(p) + (p - 1) ** 2
+
+    result = pranam_optax.minimize(
+        fun, None, bounds=(-2.0, 2.0), polish=None, num_replicas=8, num_steps=3
+    )
+    failed = np.isnan(result.start_values)
+    assert 4 < failed.sum() < 28
+    assert np.isfinite(result.replica_values).all()
+
+
+def test_start_and_single_bounds_are_kept():
+    """The first start is init itself; the minimum at a bound is found there."""
+
+    def fun(p):
+        return (p["positive"] + 1) ** 2 + (p["low"] - 3) ** 2 + (p["free"] - 5) ** 2
+
+    init = {"free": 50.0, "low": -1.0, "positive": 7.0}
+    bounds = {"free": (-INF, INF), "low": (-INF, 0), "positive": (0.0, INF)}
+    result = pranam_optax.minimize(
+        fun, init, bounds=bounds, num_replicas=8, num_steps=300, polish=None
+    )
+    np.testing.assert_allclose(result.start_values[0], fun(init), rtol=1e-5)
+    assert jnp.all(result.replica_params["positive"] >= 0)
+    assert jnp.all(result.replica_params["low"] <= 0)
+    np.testing.assert_allclose(result.params["free"], 5, rtol=0.05)
+    np.testing.assert_allclose(result.value, 10, rtol=0.01)
+
+
+# Coordinates
+
+
+def test_coordinates_and_back(x64):
+    low = jnp.array([-2.0, 1.0, -INF, -INF])
+    high = jnp.array([4.0, INF, 3.0, INF])
+    key = jax.random.key(0)
+    starts = jax.vmap(
+        lambda key: draw_around(key, jnp.array([0.0, 2.0, 1.0, 10.0]), low, high)
+    )(jax.random.split(key, 500))
+    assert jnp.all((starts >= low[None]) & (starts <= high[None]))
+    # Uniform, log-normal about the distances of 1 and 2, normal of deviation 10.
+    np.testing.assert_allclose(starts[:, 0].mean(), 1, atol=0.2)
+    np.testing.assert_allclose(np.median(starts[:, 1]), 2, atol=0.2)
+    np.testing.assert_allclose(np.median(starts[:, 2]), 1, atol=0.3)
+    np.testing.assert_allclose(starts[:, 3].std(), 10, rtol=0.1)
+
+    coordinates = make_coordinates(starts, low, high)
+    np.testing.assert_allclose(coordinates.scale[0], 3)
+    np.testing.assert_allclose(coordinates.scale[3], starts[:, 3].std())
+    z = jax.vmap(coordinates.from_params)(starts)
+    moved = jnp.abs(jax.vmap(coordinates.to_params)(z) - starts) > 1e-9
+    assert moved.mean() < 0.02  # those within 1/1000 of a bound
+    assert jnp.all(jnp.isfinite(z))
+    assert jnp.all((z.std(axis=0) > 0.5) & (z.std(axis=0) < 2))
+
+
+@pytest.mark.parametrize(
+    ("z", "expected"), [(0.0, [1, 1 + np.log(2), 3 - np.log(2), 0.5])]
+)
+def test_coordinates_by_hand(z, expected):
+    low = jnp.array([-2.0, 1.0, -INF, -INF])
+    high = jnp.array([4.0, INF, 3.0, INF])
+    starts = jnp.array([[0.0, 2.0, 1.0, -0.5], [0.0, 4.0, 3.0, 1.5]])
+    coordinates = make_coordinates(starts, low, high)
+    z = jnp.full(4, z)
+    np.testing.assert_allclose(coordinates.to_params(z), expected, rtol=1e-6)
+    slope = jax.vmap(jax.grad(lambda z, i: coordinates.to_params(z)[i]), (None, 0))
+    expected = np.diag([3.0, 0.5, 0.5, 1.0])
+    np.testing.assert_allclose(slope(z, jnp.arange(4)), expected, atol=1e-6)
+
+
+# The result
+
+
+def make_result(**changes):
+    fields = {
+        "params": jnp.array([1.0, 2.0]),
+        "value": jnp.array(0.5),
+        "replica_params": jnp.array(
+            [[1.0, 2.0], [3.0, 4.0], [1.0, 2.001], [jnp.nan, 0.0]]
+        ),
+        "replica_values": jnp.array([0.5, 0.5, 0.5000001, jnp.nan]),
+        "scale": jnp.array([1.0, 1.0]),
+        "history": jnp.ones((3, 4)),
+        "start_values": jnp.ones(16),
+        "num_evaluations": jnp.array(28),
+    }
+    return MinimizeResult(**fields | changes)
+
+
+def test_minima_are_clustered_in_params_and_value():
+    result = make_result()
+    assert [m.replicas for m in result.minima] == [(0, 2), (1,)]
+    assert result.confirmed
+    # The same params, but a value that differs, or a coarser unit of distance.
+    higher = make_result(replica_values=jnp.array([0.5, 0.5, 0.6, jnp.nan]))
+    assert [m.replicas for m in higher.minima] == [(0,), (1,), (2,)]
+    assert not higher.confirmed
+    coarse = make_result(scale=jnp.array([1e3, 1e3]))
+    assert [m.replicas for m in coarse.minima] == [(0, 1, 2)]
+    nothing = make_result(replica_values=jnp.full(4, jnp.nan))
+    assert nothing.minima == []
+    assert not nothing.confirmed
+
+
+def test_result_exports():
+    result = make_result()
+    exported = result.to_dict()
+    assert exported["params"] == [1.0, 2.0]
+    assert exported["minima"][0] == {
+        "params": [1.0, 2.0],
+        "value": 0.5,
+        "num_replicas": 2,
+    }
+    table = result.table()
+    assert table["replica"] == [0, 1, 2, 3]
+    assert table["minimum"] == [0, 1, 0, -1]
+    assert table["x[0]"][:3] == [1.0, 3.0, 1.0]
+    text = repr(result)
+    assert "found by 2 of 4 replicas" in text
+    assert "x[1]       2" in text
+    assert "<td>x[1]</td><td>2</td>" in result._repr_html_()
+    many = make_result(
+        params=jnp.ones(40), replica_params=jnp.ones((4, 40)), scale=jnp.ones(40)
+    )
+    assert "... 10 more" in repr(many)
+
+
+def test_batch_of_results():
+    batch = jax.tree.map(lambda x: jnp.stack([x, x]), make_result())
+    assert repr(batch) == "MinimizeResult(batch of shape (2,))"
+    with pytest.raises(ValueError, match=r"batch of results, of shape \(2,\)"):
+        batch.minima  # noqa: B018
+    one = jax.tree.map(lambda x: x[0], batch)
+    assert len(one.minima) == 2
+
+
+def test_plot_shows_curves_and_minima():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    figure = make_result().plot()
+    curves, minima = figure.axes
+    assert len(curves.lines) == 4 + 2
+    assert len(minima.collections[0].get_offsets()) == 2
+    matplotlib.pyplot.close(figure)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("init", "bounds", "error", "message"),
+    [
+        (
+            {"x": 1.0, "y": 1.0},
+            {"x": (3, -3), "y": (-2, 2)},
+            ValueError,
+            r"bounds\['x'\] is reversed.* low = 3 ",
+        ),
+        ({"x": 1.0, "y": 1.0}, {"x": (-3, 3)}, ValueError, "one pair .* for each leaf"),
+        (
+            {"x": 1.0, "y": 1.0},
+            {"x": (-3, 3), "y": 2},
+            ValueError,
+            r"bounds\['y'\] must be a pair",
+        ),
+        (
+            {"x": 1.0, "y": 1.0},
+            {"x": (-3, np.ones(2)), "y": (0, 1)},
+            ValueError,
+            r"bounds\['x'\] has a side of shape \(2,\)",
+        ),
+        (
+            {"x": 1.0, "y": 7.0},
+            BOUNDS,
+            ValueError,
+            r"init\['y'\] .* outside its bounds in 1 of 1 .* 7",
+        ),
+        ({"x": 1, "y": 1.0}, BOUNDS, TypeError, r"init\['x'\] has dtype int"),
+        (None, None, ValueError, "pass init, or bounds"),
+        (
+            None,
+            {"x": (-3, INF), "y": (-2, 2)},
+            ValueError,
+            "without init, bounds must be finite",
+        ),
+        ({}, None, ValueError, "init has no leaves"),
+    ],
+)
+def test_bad_starts_and_bounds(init, bounds, error, message):
+    with pytest.raises(error, match=message):
+        pranam_optax.minimize(camel, init, bounds=bounds)
+
+
+def test_bad_functions():
+    with pytest.raises(ValueError, match=r"must return a scalar, .* shape \(2,\)"):
+        pranam_optax.minimize(lambda p: p, jnp.ones(2))
+    with pytest.raises(ValueError, match=r"must return a real float, .* int32"):
+        pranam_optax.minimize(lambda p: jnp.argmax(p), jnp.ones(2))
+
+
+def test_nan_at_every_start_says_how_many_and_where():
+    options = {"polish": None, "num_replicas": 2, "num_steps": 1}
+    with pytest.raises(ValueError, match=r"any of the 8 random starts: .* nan at -"):
+        pranam_optax.minimize(jnp.log, None, bounds=(-2.0, -1.0), **options)
+
+
+def test_random_starts_outside_the_bounds():
+    options = {"polish": None, "num_replicas": 2, "num_steps": 1}
+    with pytest.raises(ValueError, match=r"init\(key\) .* outside its bounds in 8 of"):
+        pranam_optax.minimize(
+            jnp.square,
+            lambda key: 5 + jax.random.uniform(key),
+            bounds=(0.0, 1.0),
+            **options,
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_replicas": 0}, "num_replicas must be a positive int"),
+        ({"num_steps": 1.5}, "num_steps must be a positive int"),
+        ({"polish": "lm"}, "polish must be one of"),
+        ({"coupling": 2.0}, "coupling must be a number in"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        pranam_optax.minimize(camel, None, bounds=BOUNDS, **options)
+
+
+def test_callback_needs_concrete_values():
+    def run(key):
+        return pranam_optax.minimize(
+            camel, None, bounds=BOUNDS, key=key, callback=print, **SMALL
+        )
+
+    with pytest.raises(ValueError, match="callback and progress cannot be used under"):
+        jax.eval_shape(run, jax.random.key(0))
+
+
+def test_the_optimizer_and_the_coupling_can_be_chosen():
+    """Independent replicas under plain SGD in the coordinates, by hand."""
+    result = pranam_optax.minimize(
+        lambda p: jnp.sum(p**2),
+        lambda key: jax.random.normal(key, (1,)),
+        num_replicas=4,
+        num_steps=2,
+        optimizer=optax.sgd(0.25),
+        coupling=0.0,
+        polish=None,
+    )
+    starts = np.sqrt(np.asarray(result.history[0]))
+    # One parameter: every unit gradient has magnitude 1, and so has its RMS.
+    expected = np.abs(starts - 0.25 * float(result.scale[0]))
+    np.testing.assert_allclose(np.sqrt(result.history[1]), expected, rtol=1e-3)
