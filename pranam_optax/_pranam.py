@@ -181,113 +181,129 @@ def pranam(
     ) -> tuple[PyTree, PranamState]:
         del extra_args
         check_update("pranam", updates, params, state.nonfinite)
-        return step(updates, state, params)
-
-    @jax.jit
-    def step(
-        updates: PyTree, state: PranamState, params: PyTree
-    ) -> tuple[PyTree, PranamState]:
-        (num_replicas,) = state.nonfinite.shape
-        f, phi = state.embedding.func, state.embedding.args[0]
-        dtype = compute_dtype(*jax.tree.leaves((updates, params)))
-
-        gradient_norms = scaled_replica_norms(updates, dtype)
-        weight_norms = replica_norms(params, dtype)
-        finite = jnp.isfinite(gradient_norms) & in_range(weight_norms)
-        gradients = mask_replicas(finite, cast(updates))
-        weights = mask_replicas(finite, cast(params))
-        size = sum(x.size for x in jax.tree.leaves(params)) // num_replicas
-        count = jnp.maximum(jnp.sum(finite), 1).astype(dtype) * size
-
-        def root_mean(norms: jax.Array) -> jax.Array:
-            largest = _positive(jnp.max(norms, where=finite, initial=0.0))
-            total = jnp.sum(jnp.square(norms / largest), where=finite)
-            return largest * jnp.sqrt(total / count)
-
-        def rms(tree: PyTree) -> jax.Array:
-            return jnp.sqrt(sum_of_squares(tree) / count)
-
-        # 1. G^ = G / rms(G)
-        gradient_rms, weight_rms = root_mean(gradient_norms), root_mean(weight_norms)
-        normalized = scale(_reciprocal(gradient_rms), gradients)
-
-        # 2. T = W - s * sigma * G^
-        mean = replica_mean(cast(params), finite)
-        spread = rms(deviations_from(mean, weights, finite))
-        rounding = 8 * jnp.finfo(dtype).eps * weight_rms
-        sigma = jnp.where(spread > rounding, spread, _positive(weight_rms))
-        distance = jnp.asarray(step_size, dtype) * sigma
-        target = jax.tree.map(jnp.subtract, weights, scale(distance, normalized))
-
-        # 3. l(phi) = 1/2 ||f(phi) - T||^2
-        def loss(phi: PyTree) -> jax.Array:
-            return projection_loss(f, phi, target, finite)
-
-        def slope(phi: PyTree, direction: PyTree) -> jax.Array:
-            return squared_slope(f, phi, direction, finite)
-
-        # 4. phi' = phi - alpha grad l(phi), or a step of the projection optimizer
-        def project(
-            _: int, carry: tuple[PyTree, optax.OptState]
-        ) -> tuple[PyTree, optax.OptState]:
-            phi, solver_state = carry
-            value, gradient = jax.value_and_grad(loss)(phi)
-            if solver is None:
-                steps = _line_search(functools.partial(slope, phi), gradient)
-            else:
-                steps, solver_state = solver.update(
-                    gradient,
-                    solver_state,
-                    phi,
-                    value=value,
-                    grad=gradient,
-                    value_fn=loss,
-                )
-            return optax.apply_updates(phi, steps), solver_state
-
-        phi, projection = jax.lax.fori_loop(
-            0,
+        return _step(
+            updates,
+            state,
+            params,
+            coupling(state.count) if callable(coupling) else coupling,
+            step_size,
+            normalize_updates,
+            solver,
             projection_steps,
-            project,
-            (phi, state.projection),
-            unroll=projection_steps == 1,
-        )
-
-        # 5. P = W - f(phi')
-        pull = mask_replicas(finite, jax.tree.map(jnp.subtract, weights, f(phi)))
-        pull_rms = rms(pull)
-        # A pull that is nothing but rounding is no pull.
-        pull_rms = jnp.where(pull_rms > rounding, pull_rms, 0.0)
-
-        # 6. U = c P / rms(P) + (1 - c) G^
-        c = _coupling_at(coupling, state.count, num_replicas, dtype)
-        unit = 1.0 if normalize_updates else gradient_rms
-        per_pull = c * unit * _reciprocal(pull_rms)
-        if normalize_updates:
-            per_gradient = (1 - c) * _reciprocal(gradient_rms)
-        else:
-            per_gradient = 1 - c
-
-        def mix(original: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
-            update = times(per_pull, p) + times(per_gradient, g)
-            dtype = leaf_dtype(original)
-            limit = float(jnp.finfo(dtype).max)  # float16 ends at 65504
-            update = jnp.clip(update, -limit, limit).astype(dtype)
-            if not normalize_updates:  # c = 0: bit for bit, signed zeros too
-                independent = broadcast_to_leaf(c == 0, original)
-                update = jnp.where(independent, original, update)
-            return update
-
-        mixed = mask_replicas(finite, jax.tree.map(mix, updates, pull, gradients))
-        return mixed, PranamState(
-            count=optax.safe_increment(state.count),
-            embedding=Partial(f, phi),
-            projection=projection,
-            nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
-            revived=state.revived,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# Compiled also where the caller does not, and once for all transformations alike.
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _step(
+    updates: PyTree,
+    state: PranamState,
+    params: PyTree,
+    coupling: float | jax.Array | np.ndarray,
+    step_size: float | jax.Array,
+    normalize_updates: bool,
+    solver: optax.GradientTransformationExtraArgs | None,
+    projection_steps: int,
+) -> tuple[PyTree, PranamState]:
+    """The update; see `pranam` for its equations."""
+    (num_replicas,) = state.nonfinite.shape
+    f, phi = state.embedding.func, state.embedding.args[0]
+    dtype = compute_dtype(*jax.tree.leaves((updates, params)))
+
+    gradient_norms = scaled_replica_norms(updates, dtype)
+    weight_norms = replica_norms(params, dtype)
+    finite = jnp.isfinite(gradient_norms) & in_range(weight_norms)
+    gradients = mask_replicas(finite, cast(updates))
+    weights = mask_replicas(finite, cast(params))
+    size = sum(x.size for x in jax.tree.leaves(params)) // num_replicas
+    count = jnp.maximum(jnp.sum(finite), 1).astype(dtype) * size
+
+    def root_mean(norms: jax.Array) -> jax.Array:
+        largest = _positive(jnp.max(norms, where=finite, initial=0.0))
+        total = jnp.sum(jnp.square(norms / largest), where=finite)
+        return largest * jnp.sqrt(total / count)
+
+    def rms(tree: PyTree) -> jax.Array:
+        return jnp.sqrt(sum_of_squares(tree) / count)
+
+    # 1. G^ = G / rms(G)
+    gradient_rms, weight_rms = root_mean(gradient_norms), root_mean(weight_norms)
+    normalized = scale(_reciprocal(gradient_rms), gradients)
+
+    # 2. T = W - s * sigma * G^
+    mean = replica_mean(cast(params), finite)
+    spread = rms(deviations_from(mean, weights, finite))
+    rounding = 8 * jnp.finfo(dtype).eps * weight_rms
+    sigma = jnp.where(spread > rounding, spread, _positive(weight_rms))
+    distance = jnp.asarray(step_size, dtype) * sigma
+    target = jax.tree.map(jnp.subtract, weights, scale(distance, normalized))
+
+    # 3. l(phi) = 1/2 ||f(phi) - T||^2
+    def loss(phi: PyTree) -> jax.Array:
+        return projection_loss(f, phi, target, finite)
+
+    def slope(phi: PyTree, direction: PyTree) -> jax.Array:
+        return squared_slope(f, phi, direction, finite)
+
+    # 4. phi' = phi - alpha grad l(phi), or a step of the projection optimizer
+    def project(
+        _: int, carry: tuple[PyTree, optax.OptState]
+    ) -> tuple[PyTree, optax.OptState]:
+        phi, solver_state = carry
+        value, gradient = jax.value_and_grad(loss)(phi)
+        if solver is None:
+            steps = _line_search(functools.partial(slope, phi), gradient)
+        else:
+            steps, solver_state = solver.update(
+                gradient,
+                solver_state,
+                phi,
+                value=value,
+                grad=gradient,
+                value_fn=loss,
+            )
+        return optax.apply_updates(phi, steps), solver_state
+
+    phi, projection = jax.lax.fori_loop(
+        0,
+        projection_steps,
+        project,
+        (phi, state.projection),
+        unroll=projection_steps == 1,
+    )
+
+    # 5. P = W - f(phi')
+    pull = mask_replicas(finite, jax.tree.map(jnp.subtract, weights, f(phi)))
+    pull_rms = rms(pull)
+    # A pull that is nothing but rounding is no pull.
+    pull_rms = jnp.where(pull_rms > rounding, pull_rms, 0.0)
+
+    # 6. U = c P / rms(P) + (1 - c) G^
+    c = _each(coupling, num_replicas, dtype)
+    unit = 1.0 if normalize_updates else gradient_rms
+    per_pull = c * unit * _reciprocal(pull_rms)
+    per_gradient = (1 - c) * _reciprocal(gradient_rms) if normalize_updates else 1 - c
+
+    def mix(original: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
+        update = times(per_pull, p) + times(per_gradient, g)
+        dtype = leaf_dtype(original)
+        limit = float(jnp.finfo(dtype).max)  # float16 ends at 65504
+        update = jnp.clip(update, -limit, limit).astype(dtype)
+        if not normalize_updates:  # c = 0: bit for bit, signed zeros too
+            independent = broadcast_to_leaf(c == 0, original)
+            update = jnp.where(independent, original, update)
+        return update
+
+    mixed = mask_replicas(finite, jax.tree.map(mix, updates, pull, gradients))
+    return mixed, PranamState(
+        count=optax.safe_increment(state.count),
+        embedding=Partial(f, phi),
+        projection=projection,
+        nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
+        revived=state.revived,
+    )
 
 
 def _line_search(
@@ -331,14 +347,14 @@ def _check_coupling(coupling: Coupling) -> None:
         )
 
 
-def _coupling_at(
-    coupling: Coupling, count: jax.Array, num_replicas: int, dtype: jnp.dtype
+def _each(
+    coupling: float | jax.Array | np.ndarray, num_replicas: int, dtype: jnp.dtype
 ) -> jax.Array:
-    value = coupling(count) if callable(coupling) else coupling
-    value = jnp.asarray(value, dtype)
-    if value.shape not in ((), (num_replicas,)):
+    """The coupling of each replica."""
+    values = jnp.asarray(coupling, dtype)
+    if values.shape not in ((), (num_replicas,)):
         raise ValueError(
-            f"coupling has shape {value.shape}, expected a scalar or one value per "
+            f"coupling has shape {values.shape}, expected a scalar or one value per "
             f"replica, ({num_replicas},)"
         )
-    return jnp.broadcast_to(jnp.clip(value, 0.0, 1.0), (num_replicas,))
+    return jnp.broadcast_to(jnp.clip(values, 0.0, 1.0), (num_replicas,))
