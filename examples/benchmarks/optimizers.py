@@ -275,26 +275,32 @@ def compare(
 
 
 def table(results: dict[str, Any]) -> str:
-    """One row per problem and optimizer: mean over replicas (interval) / best."""
+    """One row per problem and optimizer: mean over replicas (interval) / best.
+
+    The lowest mean is bold.
+    """
     lines = [
         "| problem | optimizer | " + " | ".join(METHODS) + " |",
         "| --- | --- |" + " --- |" * len(METHODS),
     ]
-    rows = dict.fromkeys(tuple(key.split(" | ")[:2]) for key in results)
-    for row in rows:
+    for row in dict.fromkeys(tuple(cell.split(" | ")[:2]) for cell in results):
+        scores = [
+            np.array(results[" | ".join((*row, method))]["scores"], float)
+            for method in METHODS
+        ]
+        means = [s.mean(axis=1) for s in scores]
+        lowest = np.nanargmin([mean.mean() for mean in means])
         cells = []
-        for method in METHODS:
-            result = results.get(" | ".join((*row, method)))
-            if result is None:
-                cells.append("")
-                continue
-            scores = np.array(result["scores"], float)
-            mean = scores.mean(axis=1)
-            low, high = interval(mean)
-            cells.append(
-                f"{mean.mean():.3g} ({low:.3g} to {high:.3g}) "
-                f"/ {scores.min(axis=1).mean():.3g}"
-            )
+        for i, (s, mean) in enumerate(zip(scores, means, strict=True)):
+            diverged = np.sum(~np.isfinite(mean))
+            if diverged:
+                text = f"diverged in {diverged} of {len(mean)} runs"
+            else:
+                low, high = interval(mean)
+                text = f"{mean.mean():.3g} ({low:.3g} to {high:.3g})"
+            bold = "**" if i == lowest else ""
+            best = np.nanmin(s, axis=1).mean()
+            cells.append(f"{bold}{text}{bold} / {best:.3g}")
         lines.append("| " + " | ".join((*row, *cells)) + " |")
     return "\n".join(lines)
 
