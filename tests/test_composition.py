@@ -249,7 +249,9 @@ def test_every_optimizer_is_traced_once(name, link, params):
 def test_every_optimizer_descends_behind_pranam(name, link, params):
     tx, keywords = behind_pranam(name, link)
     values, _, state = train(tx, params, keywords)
-    assert values[-1].mean() < 0.6 * values[0].mean()
+    # A line search takes back part of the pull over barriers (docs/composition.md).
+    part = 0.7 if name == "lbfgs" else 0.5
+    assert values[-1].mean() < part * values[0].mean()
     # What the embedding counts is in the state, wherever the optimizer keeps it.
     np.testing.assert_array_equal(optax.tree.get(state, "nonfinite"), np.zeros(R))
 

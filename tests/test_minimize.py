@@ -127,7 +127,7 @@ def test_start_and_single_bounds_are_kept():
     init = {"free": 50.0, "low": -1.0, "positive": 7.0}
     bounds = {"free": (-INF, INF), "low": (-INF, 0), "positive": (0.0, INF)}
     result = pranam_optax.minimize(
-        fun, init, bounds=bounds, num_replicas=8, num_steps=300, polish=None
+        fun, init, bounds=bounds, num_replicas=8, num_steps=1000, polish=None
     )
     np.testing.assert_allclose(result.start_values[0], fun(init), rtol=1e-5)
     assert jnp.all(result.replica_params["positive"] >= 0)

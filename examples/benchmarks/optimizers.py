@@ -143,22 +143,26 @@ def mnist(data_dir: Path | None, num_steps: int, rates: Sequence[float]) -> Task
 
 
 def make_tasks(quick: bool, data_dir: Path | None) -> dict[str, Task]:
-    dim, num_steps = (10, 100) if quick else (30, 1000)
-    rates = tuple(10**k for k in ((-1, 0) if quick else np.arange(-3, 2, 0.5)))
+    if quick:
+        return {
+            "Ackley, 10-D": function(problems.ackley(10), 100, (0.1, 1.0)),
+            "polynomial": polynomial(100, (0.1, 1.0)),
+        }
+    rates = tuple(10**k for k in np.arange(-3, 2, 0.5))
     functions = {
-        "Schwefel": problems.bound(problems.schwefel(dim)),
-        "Ackley": problems.ackley(dim),
-        "Rastrigin": problems.rastrigin(dim),
-        "Levy": problems.levy(dim),
+        "Schwefel": problems.bound(problems.schwefel(30)),
+        "Ackley": problems.ackley(30),
+        "Rastrigin": problems.rastrigin(30),
+        "Levy": problems.levy(30),
     }
-    tasks = {
-        f"{name}, {dim}-D": function(problem, num_steps, rates)
-        for name, problem in functions.items()
+    return {
+        **{
+            f"{name}, 30-D": function(problem, 1000, rates)
+            for name, problem in functions.items()
+        },
+        "polynomial": polynomial(1000, rates),
+        "MNIST": mnist(data_dir, 500, (0.03, 0.1, 0.3, 1.0, 3.0)),
     }
-    tasks["polynomial"] = polynomial(num_steps, rates)
-    mnist_rates = (0.3,) if quick else (0.03, 0.1, 0.3, 1.0, 3.0)
-    tasks["MNIST"] = mnist(data_dir, num_steps, mnist_rates)
-    return tasks
 
 
 OPTIMIZERS: dict[str, Callable[[optax.ScalarOrSchedule], Any]] = {
