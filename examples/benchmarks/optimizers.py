@@ -161,7 +161,7 @@ def make_tasks(quick: bool, data_dir: Path | None) -> dict[str, Task]:
             for name, problem in functions.items()
         },
         "polynomial": polynomial(1000, rates),
-        "MNIST": mnist(data_dir, 500, (0.03, 0.1, 0.3, 1.0, 3.0)),
+        "MNIST": mnist(data_dir, 500, (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
     }
 
 
