@@ -96,8 +96,7 @@ def _product(features: jax.Array, heads: jax.Array) -> jax.Array:
     width = heads.shape[0]
     if width > _MAX_FUSED_WIDTH:
         return _matmul(features, heads)
-    columns = features.astype(heads.dtype)
-    terms = [times(columns[:, i], heads[i][None]) for i in range(width)]
+    terms = [times(features[:, i], heads[i][None]) for i in range(width)]
     return functools.reduce(jnp.add, terms)
 
 

@@ -244,9 +244,6 @@ def _step(
     def loss(phi: PyTree) -> jax.Array:
         return projection_loss(f, phi, target, finite)
 
-    def slope(phi: PyTree, direction: PyTree) -> jax.Array:
-        return squared_slope(f, phi, direction, finite)
-
     # 4. phi' = phi - alpha grad l(phi), or a step of the projection optimizer
     def project(
         _: int, carry: tuple[PyTree, optax.OptState]
@@ -254,7 +251,7 @@ def _step(
         phi, solver_state = carry
         value, gradient = jax.value_and_grad(loss)(phi)
         if solver is None:
-            steps = _line_search(functools.partial(slope, phi), gradient)
+            steps = _line_search(lambda d: squared_slope(f, phi, d, finite), gradient)
         else:
             steps, solver_state = solver.update(
                 gradient,
@@ -289,8 +286,9 @@ def _step(
     def mix(original: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
         update = times(per_pull, p) + times(per_gradient, g)
         dtype = leaf_dtype(original)
-        limit = float(jnp.finfo(dtype).max)  # float16 ends at 65504
-        update = jnp.clip(update, -limit, limit).astype(dtype)
+        if dtype != update.dtype:
+            limit = float(jnp.finfo(dtype).max)  # float16 ends at 65504
+            update = jnp.clip(update, -limit, limit).astype(dtype)
         if not normalize_updates:  # c = 0: bit for bit, signed zeros too
             independent = broadcast_to_leaf(c == 0, original)
             update = jnp.where(independent, original, update)

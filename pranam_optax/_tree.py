@@ -57,8 +57,8 @@ def check_replicas(tree: PyTree, name: str) -> int:
 
 def check_update(
     name: str, updates: PyTree, params: PyTree, nonfinite: jax.Array
-) -> int:
-    """Checks what `update` was given against the state's counts, and returns R.
+) -> None:
+    """Checks what `update` was given against the state's counts.
 
     `name` is what the messages call the transformation.
     """
@@ -96,7 +96,6 @@ def check_update(
             f"updates has {num_replicas} replicas, but the state was initialised for "
             f"{nonfinite.shape[0]}"
         )
-    return num_replicas
 
 
 def _describe(shape: tuple[int, ...] | None) -> str:
