@@ -21,6 +21,7 @@ from pranam_optax._replicas import select_replica as select_replica
 from pranam_optax._result import MinimizeResult as MinimizeResult
 from pranam_optax._result import Minimum as Minimum
 from pranam_optax._revive import revive_replicas as revive_replicas
+from pranam_optax._sharding import shard_replicas as shard_replicas
 from pranam_optax._weighting import WeightReplicasState as WeightReplicasState
 from pranam_optax._weighting import weight_replicas as weight_replicas
 
@@ -49,5 +50,6 @@ __all__ = [
     "replicate",
     "revive_replicas",
     "select_replica",
+    "shard_replicas",
     "weight_replicas",
 ]

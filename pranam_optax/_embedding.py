@@ -8,7 +8,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from pranam_optax._sharding import sharding_of, with_auto_axes
 from pranam_optax._tree import (
     PyTree,
     broadcast_to_leaf,
@@ -310,11 +312,48 @@ def make_embedding(
     apply = _Network(trunk, output_activation)
 
     def init(key: jax.Array, params: PyTree) -> MLPParams:
-        return _init(
-            key, params, apply, init_trunk, width, use_bias, kernel_init, warmup
+        def draw(key: jax.Array, params: PyTree) -> MLPParams:
+            return _init(
+                key, params, apply, init_trunk, width, use_bias, kernel_init, warmup
+            )
+
+        return with_auto_axes(
+            draw,
+            lambda mesh: _shardings(mesh, draw, key, params),
+            key,
+            params,
         )
 
     return Embedding(init, apply)
+
+
+def _shardings(
+    mesh: Any,
+    init: Callable[[jax.Array, PyTree], MLPParams],
+    key: jax.Array,
+    params: PyTree,
+) -> MLPParams:
+    """Codes lie with their replicas, and heads with the weights that they make."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    phi = jax.eval_shape(init, key, shapes)
+    specs = [(*sharding_of(x, mesh).spec,) for x in jax.tree.leaves(params)]
+
+    def place(tree: PyTree, specs: Sequence[tuple[Any, ...]]) -> PyTree:
+        leaves, treedef = jax.tree.flatten(tree)
+        specs = specs if leaves else []
+        places = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
+        return jax.tree.unflatten(treedef, places)
+
+    model = [spec[1:] for spec in specs]
+    replicated = [()] * len(jax.tree.leaves(phi.trunk))
+    return MLPParams(
+        table=place(phi.table, [specs[0][:1]]),
+        trunk=place(phi.trunk, replicated),
+        heads=place(phi.heads, [(None, *spec) for spec in model]),
+        bias=place(phi.bias, model),
+        scale=place(phi.scale, model if phi.shift is not None else [()]),
+        shift=place(phi.shift, model),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))

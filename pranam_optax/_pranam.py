@@ -17,6 +17,7 @@ from pranam_optax._embedding import (
     squared_slope,
 )
 from pranam_optax._replicas import as_key
+from pranam_optax._sharding import check_shardings, sharding_of, with_auto_axes
 from pranam_optax._tree import (
     PyTree,
     broadcast_to_leaf,
@@ -68,6 +69,7 @@ def pranam(
     normalize_updates: bool = True,
     projection_optimizer: optax.GradientTransformation | None = None,
     projection_steps: int = 1,
+    projection_every: int = 1,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Projects the gradients of R replicas onto a shared embedding.
@@ -108,12 +110,16 @@ def pranam(
       projection_optimizer: takes the step on :math:`\ell` instead of the line search:
         any Optax optimizer (its state is kept from update to update).
       projection_steps: number of steps on :math:`\ell` per update.
+      projection_every: k, for slow networks: only every k-th update projects (steps 2
+        to 4). In the others the replicas are pulled to the embedding as it is, with
+        norms taken over each replica alone, so that replicas on several devices have
+        nothing to communicate.
       key: seed or PRNG key of the embedding's random initialisation.
 
     Returns:
       A `GradientTransformationExtraArgs` whose `update` needs `params`. Under
       `optax.inject_hyperparams`, `coupling` and `step_size` can be injected; name
-      `static_args=("projection_steps", "key")`.
+      `static_args=("projection_steps", "projection_every", "key")`.
 
     Raises:
       ValueError: from the factory, for arguments out of range; from `init` and
@@ -154,10 +160,12 @@ def pranam(
         np.ndim(step_size) == 0 and 0 <= step_size < np.inf
     ):
         raise ValueError(f"step_size must be a number >= 0, got {step_size!r}")
-    if not isinstance(projection_steps, int) or projection_steps < 1:
-        raise ValueError(
-            f"projection_steps must be a positive int, got {projection_steps!r}"
-        )
+    for name, number in (
+        ("projection_steps", projection_steps),
+        ("projection_every", projection_every),
+    ):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be a positive int, got {number!r}")
     if embedding is None:
         embedding = mlp_embedding()
     if projection_optimizer is None:
@@ -181,22 +189,34 @@ def pranam(
     ) -> tuple[PyTree, PranamState]:
         del extra_args
         check_update("pranam", updates, params, state.nonfinite)
-        return _step(
+        check_shardings(updates, params)
+
+        def step(updates: PyTree, state: PranamState, params: PyTree) -> Any:
+            return _step(
+                updates,
+                state,
+                params,
+                coupling(state.count) if callable(coupling) else coupling,
+                step_size,
+                normalize_updates,
+                solver,
+                projection_steps,
+                projection_every,
+            )
+
+        return with_auto_axes(
+            step,
+            lambda mesh: jax.tree.map(lambda x: sharding_of(x, mesh), (updates, state)),
             updates,
             state,
             params,
-            coupling(state.count) if callable(coupling) else coupling,
-            step_size,
-            normalize_updates,
-            solver,
-            projection_steps,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 # Compiled also where the caller does not, and once for all transformations alike.
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def _step(
     updates: PyTree,
     state: PranamState,
@@ -206,6 +226,7 @@ def _step(
     normalize_updates: bool,
     solver: optax.GradientTransformationExtraArgs | None,
     projection_steps: int,
+    projection_every: int,
 ) -> tuple[PyTree, PranamState]:
     """The update; see `pranam` for its equations."""
     (num_replicas,) = state.nonfinite.shape
@@ -218,65 +239,70 @@ def _step(
     gradients = mask_replicas(finite, cast(updates))
     weights = mask_replicas(finite, cast(params))
     size = sum(x.size for x in jax.tree.leaves(params)) // num_replicas
-    count = jnp.maximum(jnp.sum(finite), 1).astype(dtype) * size
+    rounding = 8 * jnp.finfo(dtype).eps
 
     def root_mean(norms: jax.Array) -> jax.Array:
         largest = _positive(jnp.max(norms, where=finite, initial=0.0))
         total = jnp.sum(jnp.square(norms / largest), where=finite)
+        count = jnp.maximum(jnp.sum(finite), 1).astype(dtype) * size
         return largest * jnp.sqrt(total / count)
 
-    def rms(tree: PyTree) -> jax.Array:
-        return jnp.sqrt(sum_of_squares(tree) / count)
+    def pull(phi: PyTree) -> PyTree:
+        return mask_replicas(finite, jax.tree.map(jnp.subtract, weights, f(phi)))
 
-    # 1. G^ = G / rms(G)
-    gradient_rms, weight_rms = root_mean(gradient_norms), root_mean(weight_norms)
-    normalized = scale(_reciprocal(gradient_rms), gradients)
+    def rms_of_pull(rms: Callable[[jax.Array], jax.Array], phi: PyTree) -> jax.Array:
+        pull_rms = rms(replica_norms(pull(phi), dtype))
+        # A pull that is nothing but rounding is no pull.
+        return jnp.where(pull_rms > rounding * rms(weight_norms), pull_rms, 0.0)
 
-    # 2. T = W - s * sigma * G^
-    mean = replica_mean(cast(params), finite)
-    spread = rms(deviations_from(mean, weights, finite))
-    rounding = 8 * jnp.finfo(dtype).eps * weight_rms
-    sigma = jnp.where(spread > rounding, spread, _positive(weight_rms))
-    distance = jnp.asarray(step_size, dtype) * sigma
-    target = jax.tree.map(jnp.subtract, weights, scale(distance, normalized))
+    def project(phi: PyTree, projection: optax.OptState) -> tuple[Any, ...]:
+        # 1. G^ = G / rms(G)
+        gradient_rms, weight_rms = root_mean(gradient_norms), root_mean(weight_norms)
+        normalized = scale(_reciprocal(gradient_rms), gradients)
 
-    # 3. l(phi) = 1/2 ||f(phi) - T||^2
-    def loss(phi: PyTree) -> jax.Array:
-        return projection_loss(f, phi, target, finite)
+        # 2. T = W - s * sigma * G^
+        mean = replica_mean(cast(params), finite)
+        deviations = deviations_from(mean, weights, finite)
+        spread = root_mean(replica_norms(deviations, dtype))
+        identical = spread <= rounding * weight_rms
+        sigma = jnp.where(identical, _positive(weight_rms), spread)
+        distance = jnp.asarray(step_size, dtype) * sigma
+        target = jax.tree.map(jnp.subtract, weights, scale(distance, normalized))
 
-    # 4. phi' = phi - alpha grad l(phi), or a step of the projection optimizer
-    def project(
-        _: int, carry: tuple[PyTree, optax.OptState]
-    ) -> tuple[PyTree, optax.OptState]:
-        phi, solver_state = carry
-        value, gradient = jax.value_and_grad(loss)(phi)
-        if solver is None:
-            steps = _line_search(lambda d: squared_slope(f, phi, d, finite), gradient)
-        else:
-            steps, solver_state = solver.update(
-                gradient,
-                solver_state,
-                phi,
-                value=value,
-                grad=gradient,
-                value_fn=loss,
-            )
-        return optax.apply_updates(phi, steps), solver_state
+        # 3. l(phi) = 1/2 ||f(phi) - T||^2
+        def loss(phi: PyTree) -> jax.Array:
+            return projection_loss(f, phi, target, finite)
 
-    phi, projection = jax.lax.fori_loop(
-        0,
-        projection_steps,
-        project,
-        (phi, state.projection),
-        unroll=projection_steps == 1,
-    )
+        # 4. phi' = phi - alpha grad l(phi), or a step of the projection optimizer
+        phi, projection = jax.lax.fori_loop(
+            0,
+            projection_steps,
+            lambda _, carry: _descend(solver, f, loss, finite, *carry),
+            (phi, projection),
+            unroll=projection_steps == 1,
+        )
+        # All replicas have one unit.
+        units = jnp.stack([gradient_rms, rms_of_pull(root_mean, phi)])
+        return phi, projection, jnp.broadcast_to(units[:, None], (2, num_replicas))
+
+    def stay(phi: PyTree, projection: optax.OptState) -> tuple[Any, ...]:
+        # Each replica has its own unit, so that there is nothing to communicate.
+        def rms(norms: jax.Array) -> jax.Array:
+            return jnp.where(finite, norms, 0.0) / jnp.sqrt(jnp.asarray(size, dtype))
+
+        units = jnp.stack([rms(gradient_norms), rms_of_pull(rms, phi)])
+        return phi, projection, units
+
+    if projection_every == 1:
+        phi, projection, units = project(phi, state.projection)
+    else:
+        meet = state.count % projection_every == 0
+        phi, projection, units = jax.lax.cond(
+            meet, project, stay, phi, state.projection
+        )
+    gradient_rms, pull_rms = units
 
     # 5. P = W - f(phi')
-    pull = mask_replicas(finite, jax.tree.map(jnp.subtract, weights, f(phi)))
-    pull_rms = rms(pull)
-    # A pull that is nothing but rounding is no pull.
-    pull_rms = jnp.where(pull_rms > rounding, pull_rms, 0.0)
-
     # 6. U = c P / rms(P) + (1 - c) G^
     c = _each(coupling, num_replicas, dtype)
     unit = 1.0 if normalize_updates else gradient_rms
@@ -294,7 +320,7 @@ def _step(
             update = jnp.where(independent, original, update)
         return update
 
-    mixed = mask_replicas(finite, jax.tree.map(mix, updates, pull, gradients))
+    mixed = mask_replicas(finite, jax.tree.map(mix, updates, pull(phi), gradients))
     return mixed, PranamState(
         count=optax.safe_increment(state.count),
         embedding=Partial(f, phi),
@@ -302,6 +328,25 @@ def _step(
         nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
         revived=state.revived,
     )
+
+
+def _descend(
+    solver: optax.GradientTransformationExtraArgs | None,
+    f: Callable[[PyTree], PyTree],
+    loss: Callable[[PyTree], jax.Array],
+    finite: jax.Array,
+    phi: PyTree,
+    projection: optax.OptState,
+) -> tuple[PyTree, optax.OptState]:
+    """One step on the projection loss."""
+    value, gradient = jax.value_and_grad(loss)(phi)
+    if solver is None:
+        steps = _line_search(lambda d: squared_slope(f, phi, d, finite), gradient)
+    else:
+        steps, projection = solver.update(
+            gradient, projection, phi, value=value, grad=gradient, value_fn=loss
+        )
+    return optax.apply_updates(phi, steps), projection
 
 
 def _line_search(

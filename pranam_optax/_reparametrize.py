@@ -9,6 +9,7 @@ from jax.tree_util import Partial
 
 from pranam_optax._embedding import Embedding, mlp_embedding
 from pranam_optax._replicas import as_key
+from pranam_optax._sharding import check_shardings, sharding_of, with_auto_axes
 from pranam_optax._tree import (
     PyTree,
     cast,
@@ -131,35 +132,57 @@ def reparametrize(
         **extra_args: Any,
     ) -> tuple[PyTree, ReparametrizeState]:
         check_update("reparametrize", updates, params, state.nonfinite)
-        f, phi = state.embedding.func, state.embedding.args[0]
-        dtype = compute_dtype(*jax.tree.leaves((updates, params)))
-        norms = replica_norms(updates, dtype), replica_norms(params, dtype)
-        finite = in_range(norms[0]) & in_range(norms[1])
+        check_shardings(updates, params)
 
-        # 1. grad l = J^T G: f(phi) cancels in the residual, which is G.
-        output, pull_back = jax.vjp(f, phi)
-        gradients = mask_replicas(finite, cast(updates))
-        (gradient,) = pull_back(
-            jax.tree.map(lambda g, y: g.astype(y.dtype), gradients, output)
-        )
+        def step(updates: PyTree, state: ReparametrizeState, params: PyTree) -> Any:
+            return _step(updates, state, params, optimizer, extra_args)
 
-        # 2. phi' = phi + optimizer(grad l)
-        steps, inner = optimizer.update(gradient, state.inner, phi, **extra_args)
-        phi = optax.apply_updates(phi, steps)
-
-        # 3. U = f(phi') - W
-        moves = jax.tree.map(
-            lambda y, w, g: (y.astype(w.dtype) - w).astype(leaf_dtype(g)),
-            f(phi),
-            cast(params),
+        return with_auto_axes(
+            step,
+            lambda mesh: jax.tree.map(lambda x: sharding_of(x, mesh), (updates, state)),
             updates,
-        )
-        return mask_replicas(finite, moves), ReparametrizeState(
-            count=optax.safe_increment(state.count),
-            embedding=Partial(f, phi),
-            inner=inner,
-            nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
-            revived=state.revived,
+            state,
+            params,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _step(
+    updates: PyTree,
+    state: ReparametrizeState,
+    params: PyTree,
+    optimizer: optax.GradientTransformationExtraArgs,
+    extra_args: dict[str, Any],
+) -> tuple[PyTree, ReparametrizeState]:
+    """The update; see `reparametrize`."""
+    f, phi = state.embedding.func, state.embedding.args[0]
+    dtype = compute_dtype(*jax.tree.leaves((updates, params)))
+    norms = replica_norms(updates, dtype), replica_norms(params, dtype)
+    finite = in_range(norms[0]) & in_range(norms[1])
+
+    # 1. grad l = J^T G: f(phi) cancels in the residual, which is G.
+    output, pull_back = jax.vjp(f, phi)
+    gradients = mask_replicas(finite, cast(updates))
+    (gradient,) = pull_back(
+        jax.tree.map(lambda g, y: g.astype(y.dtype), gradients, output)
+    )
+
+    # 2. phi' = phi + optimizer(grad l)
+    steps, inner = optimizer.update(gradient, state.inner, phi, **extra_args)
+    phi = optax.apply_updates(phi, steps)
+
+    # 3. U = f(phi') - W
+    moves = jax.tree.map(
+        lambda y, w, g: (y.astype(w.dtype) - w).astype(leaf_dtype(g)),
+        f(phi),
+        cast(params),
+        updates,
+    )
+    return mask_replicas(finite, moves), ReparametrizeState(
+        count=optax.safe_increment(state.count),
+        embedding=Partial(f, phi),
+        inner=inner,
+        nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
+        revived=state.revived,
+    )

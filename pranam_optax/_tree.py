@@ -160,19 +160,11 @@ def replica_norms(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
 
 def scaled_replica_norms(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
     """`replica_norms`, NaN or Inf only where an element is."""
-
-    def scaled() -> jax.Array:
-        largest = largest_magnitudes(tree, dtype)
-        valid = jnp.isfinite(largest) & (largest > 0)
-        unit = jnp.where(valid, largest, 1.0)
-        norms = unit * replica_norms(scale(1 / unit, cast(tree)), dtype)
-        return jnp.where(valid, norms, largest)
-
-    # One pass does, unless squares overflow or underflow.
-    norms = replica_norms(tree, dtype)
-    smallest = jnp.sqrt(jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps)
-    in_range = (norms > smallest) & (norms < jnp.inf)
-    return jax.lax.cond(jnp.all(in_range), lambda: norms, scaled)
+    largest = largest_magnitudes(tree, dtype)
+    valid = jnp.isfinite(largest) & (largest > 0)
+    unit = jnp.where(valid, largest, 1.0)
+    norms = unit * replica_norms(scale(1 / unit, cast(tree)), dtype)
+    return jnp.where(valid, norms, largest)
 
 
 def replica_mean(tree: PyTree, finite: jax.Array) -> PyTree:
@@ -185,13 +177,7 @@ def replica_mean(tree: PyTree, finite: jax.Array) -> PyTree:
         total = jnp.tensordot(row, x, 1, precision=jax.lax.Precision.HIGHEST)
         return total / count.astype(x.dtype)
 
-    # The mask would cost a copy of the tree, but 0 * NaN is NaN.
-    return jax.lax.cond(
-        jnp.all(finite),
-        lambda tree: jax.tree.map(mean, tree),
-        lambda tree: jax.tree.map(mean, mask_replicas(finite, tree)),
-        tree,
-    )
+    return jax.tree.map(mean, mask_replicas(finite, tree))
 
 
 def deviations_from(mean: PyTree, tree: PyTree, finite: jax.Array) -> PyTree:

@@ -616,7 +616,8 @@ def test_inject_hyperparams():
     params = make_params()
     grads = make_gradients(params)
     tx = optax.inject_hyperparams(
-        pranam_optax.pranam, static_args=("projection_steps", "key")
+        pranam_optax.pranam,
+        static_args=("projection_steps", "projection_every", "key"),
     )(coupling=0.25, step_size=2.0)
 
     @jax.jit
@@ -810,3 +811,42 @@ def test_reaches_a_minimum_that_adam_does_not(optax_promotion):
     assert jnp.min(jax.jit(lambda: train(adam))()) > 3
     coupled = optax.chain(pranam_optax.pranam(coupling=release), adam)
     assert jnp.max(jax.jit(lambda: train(coupled))()) < 0.05
+
+
+def test_between_projections_replicas_are_pulled_to_the_embedding_as_it_is():
+    keys = jax.random.split(jax.random.key(0), 2)
+    params, grads = (jax.random.normal(key, (6, 5)) for key in keys)
+    tx = pranam_optax.pranam(coupling=0.7, projection_every=3)
+    every = pranam_optax.pranam(coupling=0.7)
+    state = tx.init(params)
+    updates, after = tx.update(grads, state, params)
+    expected, projected = every.update(grads, every.init(params), params)
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+    chex.assert_trees_all_close(
+        after.embedding.args, projected.embedding.args, rtol=1e-5
+    )
+
+    moved = params + 0.1 * jnp.cos(jnp.arange(30.0)).reshape(6, 5)
+    grads = grads.at[2].set(jnp.nan)
+    for count in (2, 3):
+        updates, later = tx.update(grads, after, moved)
+        assert later.count == count
+        chex.assert_trees_all_equal(later.embedding.args, after.embedding.args)
+        pull = np.array(moved - pranam_optax.embedding_output(after))
+        unit = [np.sqrt(np.mean(x**2, axis=1, keepdims=True)) for x in (pull, grads)]
+        expected = 0.7 * pull / unit[0] + 0.3 * np.array(grads) / unit[1]
+        np.testing.assert_array_equal(updates[2], np.zeros(5))
+        expected[2] = 0
+        np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-6)
+        after = later
+    _, later = tx.update(grads, after, moved)
+    assert not np.array_equal(
+        later.embedding.args[0].table, projected.embedding.args[0].table
+    )
+
+
+@pytest.mark.parametrize("name", ["projection_steps", "projection_every"])
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_numbers_of_projections_must_be_positive(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a positive int, got"):
+        pranam_optax.pranam(**{name: value})

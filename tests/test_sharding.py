@@ -1,33 +1,35 @@
 """Replicas spread over devices: the same numbers, and every shard stays in place."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import pranam_optax
 
 pytestmark = pytest.mark.optimized
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return jax.make_mesh(
-        (4, 2), ("replicas", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-    )
+@pytest.fixture(
+    scope="module", params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
+)
+def mesh(request):
+    return jax.make_mesh((4, 2), ("replicas", "model"), axis_types=(request.param,) * 2)
 
 
-def make_params():
+def make_params(num_replicas=16):
     return pranam_optax.replicate(
         lambda key: {
             "w": jax.random.normal(key, (6, 4)),
             "b": jax.random.normal(key, (4,)),
         },
         0,
-        16,
+        num_replicas,
     )
 
 
@@ -66,9 +68,12 @@ def test_sharded_replicas_equal_the_others_and_keep_their_shardings(
     tx = optax.chain(transformation, optax.scale(-1e-2))
     grad_fn = pranam_optax.replica_value_and_grad(loss)
 
+    traces = []
+
     def make_step():
         @jax.jit
         def step(params, state):
+            traces.append(params)
             _, grads = grad_fn(params, x)
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
@@ -86,7 +91,7 @@ def test_sharded_replicas_equal_the_others_and_keep_their_shardings(
             ):
                 assert a.is_equivalent_to(b, leaf.ndim), (a, b)
         sharded, sharded_state = new_params, new_state
-    assert sharded_step._cache_size() == 1
+    assert len(traces) == 2  # one for each
     chex.assert_trees_all_close(sharded, params, rtol=1e-4, atol=1e-5)
 
     # One code per replica lives with its replica; the heads live with the model.
@@ -98,15 +103,113 @@ def test_sharded_replicas_equal_the_others_and_keep_their_shardings(
     assert heads.sharding.shard_shape(heads.shape) == (4, 6, columns)
 
 
-def test_no_device_gathers_the_replicas(mesh):
-    """All a step communicates is as small as one model's params, K + 2 times."""
-    sharding = NamedSharding(mesh, PartitionSpec("replicas"))
-    params = jax.device_put(make_params(), sharding)
-    tx = pranam_optax.pranam()
+def collectives(text):
+    """Kind and number of bytes of every collective in compiled HLO."""
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    found = []
+    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+        arrays = re.findall(r"(f32|s32|u32|pred)\[([\d,]*)\]", shapes)
+        sizes = [
+            (1 if dtype == "pred" else 4)
+            * np.prod([int(d) for d in dims.split(",") if d])
+            for dtype, dims in arrays
+        ]
+        found.append((kind, int(sum(sizes))))
+    return found
+
+
+def compile_update(tx, num_replicas, num_devices=8):
+    mesh = jax.make_mesh((num_devices,), ("replicas",))
+    params = pranam_optax.shard_replicas(make_params(num_replicas), mesh)
     state = jax.jit(tx.init)(params)
-    text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
-    assert "all-gather" not in text
-    assert "all-to-all" not in text
-    assert "collective-permute" not in text
-    assert "all-reduce" in text
-    np.testing.assert_array_equal(state.nonfinite, np.zeros(16))
+    return jax.jit(tx.update).lower(params, state, params).compile().as_text()
+
+
+def test_traffic_is_the_heads_and_one_model_whatever_r():
+    """A sum over replicas of K + 1 models, their mean, and a few scalars."""
+    tx = pranam_optax.pranam()
+    text = compile_update(tx, 16)
+    model = 4 * (6 * 4 + 4)
+    assert {kind for kind, _ in collectives(text)} == {"all-reduce"}
+    total = sum(size for _, size in collectives(text))
+    assert 6 * model < total < 6 * model + 4 * 120
+    assert collectives(compile_update(tx, 64)) == collectives(text)
+    assert collectives(compile_update(tx, 16, num_devices=2)) == collectives(text)
+
+
+def test_between_projections_nothing_is_communicated():
+    text = compile_update(pranam_optax.pranam(projection_every=4), 16)
+    branch = re.search(r"conditional\(.*", text).group()
+    names = re.findall(r"(?:true|false)_computation=%([\w.]+)", branch)
+    names += re.findall(r"%([\w.]+)", branch.split("branch_computations")[-1])
+    computations = dict(re.findall(r"\n%([\w.]+) \(.*?\{\n(.*?)\n\}", text, re.DOTALL))
+    projecting = [name for name in names if collectives(computations.get(name, ""))]
+    assert len(projecting) == 1
+    assert collectives(computations[projecting[0]]) == collectives(text)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+def test_devices_agree(num_devices, optax_promotion):
+    mesh = jax.make_mesh((num_devices,), ("replicas",))
+    params = pranam_optax.shard_replicas(make_params(), mesh)
+    tx = optax.chain(
+        pranam_optax.pranam(coupling=optax.linear_schedule(1.0, 0.0, 30)),
+        optax.adam(1e-2),
+    )
+    x = jax.random.normal(jax.random.key(1), (5, 6))
+    grad_fn = pranam_optax.replica_value_and_grad(loss)
+
+    @jax.jit
+    def step(params, state):
+        _, grads = grad_fn(params, x)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    alone, state = make_params(), jax.jit(tx.init)(make_params())
+    spread = jax.jit(tx.init)(params)
+    for _ in range(30):
+        alone, state = step(alone, state)
+        params, spread = step(params, spread)
+    chex.assert_trees_all_close(params, alone, atol=1e-5)
+
+
+def test_gradients_inside_shard_map():
+    """The recipe for code that is written for one shard of the replicas."""
+    mesh = jax.make_mesh((8,), ("replicas",))
+    spec = PartitionSpec("replicas")
+    params, x = make_params(), jax.random.normal(jax.random.key(1), (5, 6))
+    tx = pranam_optax.pranam()
+    local = pranam_optax.replica_value_and_grad(loss)
+    grad_fn = jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec
+    )
+
+    @jax.jit
+    def step(params, state):
+        return tx.update(grad_fn(params, x)[1], state, params)[0]
+
+    spread = pranam_optax.shard_replicas(params, mesh)
+    expected = tx.update(local(params, x)[1], tx.init(params), params)[0]
+    chex.assert_trees_all_close(step(spread, tx.init(spread)), expected, atol=1e-5)
+
+
+def test_shard_replicas_says_what_is_wrong():
+    mesh = jax.make_mesh((8,), ("replicas",))
+    with pytest.raises(ValueError, match=r"no axis 'models'.*\('replicas',\)"):
+        pranam_optax.shard_replicas(make_params(), mesh, "models")
+    with pytest.raises(ValueError, match=r"12 replicas cannot .* over the 8 devices"):
+        pranam_optax.shard_replicas(make_params(12), mesh)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_gradients_that_lie_elsewhere(axis_type):
+    mesh = jax.make_mesh((8,), ("replicas",), axis_types=(axis_type,))
+    grads = jax.device_put(make_params(), NamedSharding(mesh, PartitionSpec()))
+    params = pranam_optax.shard_replicas(make_params(), mesh)
+    tx = pranam_optax.pranam()
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"updates\['b'\] and params\['b'\] .* axis 0"):
+        tx.update(grads, state, params)
+    if axis_type == AxisType.Explicit:
+        with pytest.raises(ValueError, match=r"sharded as \(\) and"):
+            jax.jit(tx.update)(grads, state, params)
