@@ -701,9 +701,6 @@ def test_errors_of_the_factory():
     for step_size in (-1.0, np.nan, np.inf, [1.0]):
         with pytest.raises(ValueError, match="step_size must be a number >= 0"):
             pranam_optax.pranam(step_size=step_size)
-    for steps in (0, -1, 1.5):
-        with pytest.raises(ValueError, match="projection_steps must be a positive int"):
-            pranam_optax.pranam(projection_steps=steps)
 
 
 def update_with(params=None, grads=None, init=None, **kwargs):
