@@ -1,0 +1,115 @@
+"""What replicas on several devices communicate, and what that takes.
+
+    python examples/benchmarks/devices.py
+
+Reads from the compiled program of an update on 1 to 8 devices how many bytes it sums
+over devices and in how many sums, and compares them with the model
+
+    bytes = (K + 2) n
+    time = (bytes / bandwidth 2 (d - 1) / d + sums latency 2 log2(d)) / k
+
+for n bytes of params of a model, d devices and `projection_every=k` (a ring for the
+bytes, a tree for the latency). The rest is extrapolated with it.
+"""
+
+import argparse
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+import pranam_optax
+
+WIDTH = 4  # of the default embedding
+NBYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
+
+
+class Traffic(NamedTuple):
+    """Bytes and sums of one update."""
+
+    nbytes: int
+    sums: int
+
+
+class Network(NamedTuple):
+    bandwidth: float  # bytes per second
+    latency: float  # seconds
+
+
+NETWORKS = {
+    "NVLink, 100 GB/s, 5 us": Network(100e9, 5e-6),
+    "data centre, 10 Gbit/s, 50 us": Network(1.25e9, 50e-6),
+    "office, 1 Gbit/s, 500 us": Network(0.125e9, 500e-6),
+}
+
+
+def measure(sizes: tuple[int, ...], num_replicas: int, num_devices: int) -> Traffic:
+    """All-reduces in the compiled update of a model with leaves of these sizes."""
+    mesh = jax.make_mesh((num_devices,), ("replicas",))
+    params: Any = pranam_optax.replicate(
+        lambda key: [jax.random.normal(key, (size,)) for size in sizes],
+        0,
+        num_replicas,
+    )
+    params = pranam_optax.shard_replicas(params, mesh)
+    tx = pranam_optax.pranam()
+    state = jax.jit(tx.init)(params)
+    text = jax.jit(tx.update).lower(params, state, params).compile().as_text() or ""
+    sums = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
+    arrays = re.findall(r"(f32|s32|u32|pred)\[([\d,]*)\]", " ".join(sums))
+    total = sum(
+        NBYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
+        for dtype, dims in arrays
+    )
+    return Traffic(total, len(sums))
+
+
+def seconds(network: Network, traffic: Traffic, num_devices: int, every: int) -> float:
+    """Communication per update, by the model."""
+    ring = 2 * (num_devices - 1) / num_devices
+    tree = 2 * math.ceil(math.log2(num_devices))
+    once = ring * traffic.nbytes / network.bandwidth
+    return (once + tree * traffic.sums * network.latency) / every
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer devices")
+    args = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", 8)
+
+    sizes = 6000, 60, 600, 10
+    model = (WIDTH + 2) * 4 * sum(sizes)
+    print("| devices | replicas | sums | bytes | (K + 2) n |")
+    print("| --- | --- | --- | --- | --- |")
+    cases = [(d, 16) for d in ((2,) if args.quick else (1, 2, 4, 8))]
+    if not args.quick:
+        cases += [(8, 64), (8, 256)]
+    for num_devices, num_replicas in cases:
+        traffic = measure(sizes, num_replicas, num_devices)
+        print(
+            f"| {num_devices} | {num_replicas} | {traffic.sums} | {traffic.nbytes:,} "
+            f"| {model:,} |"
+        )
+
+    num_params = 1_000_000
+    traffic = Traffic((WIDTH + 2) * 4 * num_params, traffic.sums)
+    print(f"\n{traffic.nbytes / 1e6:.0f} MB in {traffic.sums} sums per projection of a")
+    print(
+        "model of 1 M params, 10 replicas on each device; communication per update:\n"
+    )
+    print("| network | replicas | devices | k = 1 | k = 4 | k = 16 | k = 64 |")
+    print("| --- |" + " --- |" * 6)
+    for name, network in NETWORKS.items():
+        for num_devices in (8, 100, 1000):
+            times = [
+                f"{1e3 * seconds(network, traffic, num_devices, every):.3g} ms"
+                for every in (1, 4, 16, 64)
+            ]
+            row = name, f"{10 * num_devices:,}", f"{num_devices:,}", *times
+            print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()
