@@ -112,14 +112,20 @@ def apply_unshared(phi: Any) -> Any:
     return jax.tree.map(jnp.add, product(table, heads), bias)
 
 
+# The one default, for functions and models alike; see docs/notebook.md.
+RELEASE = 0.6
+STEP_SIZE = 4.0
+
+
 def coupled(
     embedding: Embedding | None = None, **options: Any
 ) -> Callable[[Any, int], Any]:
     """`pranam` with its one default: the same for all problems."""
 
     def make(inner: Any, num_steps: int) -> Any:
-        release = optax.linear_schedule(1.0, 0.0, num_steps)
-        link = pranam_optax.pranam(embedding, **{"coupling": release, **options})
+        release = optax.linear_schedule(1.0, 0.0, int(RELEASE * num_steps))
+        defaults = {"coupling": release, "step_size": STEP_SIZE}
+        link = pranam_optax.pranam(embedding, **{**defaults, **options})
         return optax.chain(link, inner)
 
     return make

@@ -285,7 +285,12 @@ def peer_table(cells: Cells) -> str:
     for problem in dict.fromkeys(p for p, o, _ in cells if o == "-"):
         ours = cells.get((problem, "Adam", "pranam"))
         entries = [ours, *(cells.get((problem, "-", peer)) for peer in peers)]
-        medians = [np.inf if c is None else float(np.median(c.best)) for c in entries]
+        # Peers run on the first seeds only.
+        num_seeds = min(len(c.best) for c in entries if c is not None)
+        medians = [
+            np.inf if c is None else float(np.median(c.best[:num_seeds]))
+            for c in entries
+        ]
         # Scores below the floor are equal.
         floored = np.maximum(medians, FLOORS["multimodal"])
         rows.append(

@@ -32,6 +32,9 @@ import pranam_optax
 
 Results = dict[str, dict[str, Any]]
 
+# Peers run one evaluation at a time: on the first of the reported seeds only.
+PEER_SEEDS = 5
+
 RATES = tuple(float(f"{10**k:.3g}") for k in np.arange(-3, 1.5, 0.5))
 
 
@@ -197,15 +200,15 @@ def compare(
     method: str,
     optimizer: str,
     starts: Start,
+    num_tuning: int,
     setting: Setting,
 ) -> dict[str, Any]:
     """Tunes the learning rate on the first starts and runs the others with it."""
-    num_tuning = len(setting.tuning_seeds)
     tuning, report = (
         pick(starts, slice(num_tuning)),
         pick(starts, slice(num_tuning, None)),
     )
-    chunk = min(task.num_runs, len(setting.report_seeds))
+    chunk = min(task.num_runs, len(report.batches))
     run = make_run(task, method, optimizer, setting.num_points)
     program = jax.jit(
         jax.vmap(run, in_axes=(None, 0, 0)),
@@ -215,12 +218,14 @@ def compare(
     levels = geometric_mean(tuned.scores.mean(axis=-1), task.floor)
     best = int(np.argmin(levels))
     reported = run_all(program, task, report, setting.rates[best : best + 1], chunk)
-    outcome = jax.tree.map(lambda x: short(x[0]), reported)
+    outcome = {name: short(x[0]) for name, x in reported._asdict().items()}
+    if task.accuracy is None:
+        del outcome["accuracies"]
     return {
         "rate": setting.rates[best],
         "at_edge": best in (0, len(setting.rates) - 1),
         "tuning": short(levels),
-        **outcome._asdict(),
+        **outcome,
     }
 
 
@@ -273,14 +278,18 @@ def study(
             assert task is not None
             if method in PEERS and task.box is None:
                 continue
+            tuning_seeds = setting.tuning_seeds[: task.max_seeds[0]]
+            report_seeds = setting.report_seeds[: task.max_seeds[1]]
             if starts is None:
-                seeds = [*setting.tuning_seeds, *setting.report_seeds]
-                starts = make_starts(task, seeds)
+                starts = make_starts(task, [*tuning_seeds, *report_seeds])
+            num_tuning = len(tuning_seeds)
             if method in PEERS:
-                report = pick(starts, slice(len(setting.tuning_seeds), None))
+                report = pick(starts, slice(num_tuning, num_tuning + PEER_SEEDS))
                 results[name] = run_peer(task, method, report.problem)
             else:
-                results[name] = compare(task, method, optimizer, starts, setting)
+                results[name] = compare(
+                    task, method, optimizer, starts, num_tuning, setting
+                )
             results[name] |= {"kind": task.kind, "solved": task.solved}
             save(output, results)
     return results

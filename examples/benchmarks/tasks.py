@@ -36,6 +36,7 @@ class Task(NamedTuple):
       minimum: of the loss.
       data: arrays that all instances share, such as images.
       accuracy: `accuracy(data, problem, params)` on test data, where there is any.
+      max_seeds: how many seeds to tune on and to report at most.
       num_runs: how many runs are computed side by side.
       box: the box to search, for methods that need one.
     """
@@ -52,6 +53,7 @@ class Task(NamedTuple):
     minimum: float = 0.0
     data: Any = ()
     accuracy: Callable[[Any, Arrays, Any], jax.Array] | None = None
+    max_seeds: tuple[int, int] = (3, 10)
     num_runs: int = 16
     box: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -112,7 +114,8 @@ def function(name: str, dim: int, rotated: bool, num_steps: int = 1000) -> Task:
         solved=SOLVED.get(name, 0.1),
         floor=1e-3,
         minimum=problem.minimum,
-        num_runs=max(1, 32 * 30 // dim) if dim <= 100 else 2,
+        max_seeds=(3, 10) if dim < 1000 else (1, 5),
+        num_runs=max(1, 32 * 30 // dim),
         box=(np.asarray(problem.low), np.asarray(problem.high)),
     )
 
@@ -223,6 +226,7 @@ def mnist(
         floor=1e-10,
         data=load_mnist(data_dir),
         accuracy=accuracy,
+        max_seeds=(1, 5),
         num_runs=1,
     )
 

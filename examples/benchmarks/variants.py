@@ -46,6 +46,9 @@ class Knobs(NamedTuple):
       ranked: 1 if u goes by the rank of the current loss (lowest first) and not by
         index.
       elite: part of the replicas, those with the lowest losses, that are not coupled.
+      explorers: part of the replicas, the first ones, that are not coupled before
+        `recall`.
+      recall: part of the run after which the elite is free in place of the explorers.
       delay: part of the run before which the coupling is 0.
       per_leaf: 1 to normalise gradients and pulls leaf by leaf.
       per_replica: 1 to normalise gradients replica by replica.
@@ -68,6 +71,8 @@ class Knobs(NamedTuple):
     stagger: float = 0.0
     ranked: float = 0.0
     elite: float = 0.0
+    explorers: float = 0.0
+    recall: float = 1.0
     delay: float = 0.0
     per_leaf: float = 0.0
     per_replica: float = 0.0
@@ -88,7 +93,11 @@ def couplings(
     release = knobs.release * (1 - knobs.stagger * (1 - u))
     passed = jnp.minimum(time / jnp.maximum(release, 1e-6), 1.0)
     c = knobs.start * (1 - passed**knobs.power) ** knobs.root
-    c = jnp.where((rank < knobs.elite) | (time < knobs.delay), 0.0, c)
+    exploring = (index < knobs.explorers) & (time < knobs.recall)
+    # Without explorers the elite is free from the beginning.
+    leading = (rank < knobs.elite) & ((knobs.explorers == 0) | (time >= knobs.recall))
+    free = exploring | leading | (time < knobs.delay)
+    c = jnp.where(free, 0.0, c)
     return (
         c * (1 - knobs.ladder * (1 - u)) * jnp.where(knobs.adaptive > 0, agreement, 1.0)
     )
@@ -110,7 +119,7 @@ def fit(weights: jax.Array, width: Any) -> Phi:
     mean = weights.mean(axis=0)
     u, norms, vt = jnp.linalg.svd(weights - mean[None], full_matrices=False)
     k = min(MAX_WIDTH, len(norms))
-    root = jnp.sqrt(norms[:k]) * (jnp.arange(k) < width)
+    root = jnp.sqrt(norms[:k]) * (np.arange(k) < width)
     return Phi(u[:, :k] * root[None], vt[:k] * root[:, None], mean)
 
 
@@ -324,6 +333,33 @@ VARIANTS: dict[str, Knobs] = {
         elite=0.1, step=4.0, release=0.6, per_replica=1.0
     ),
     "s4 cubed": Knobs(step=4.0, root=3.0),
+    **{
+        f"K{k:g} s{s:g} r0.6": Knobs(step=s, release=0.6, width=k)
+        for k, s in ((0, 4), (2, 4), (3, 4), (6, 4), (8, 4), (8, 8), (4, 3), (4, 5))
+    },
+    "s4 r0.45": Knobs(step=4.0, release=0.45),
+    "s4 r0.8": Knobs(step=4.0, release=0.8),
+    "s4 r0.6 power 2": Knobs(step=4.0, release=0.6, power=2.0),
+    "s4 r0.6 root 2": Knobs(step=4.0, release=0.6, root=2.0),
+    "s4 r0.6 cosine": Knobs(step=4.0, release=0.6, power=1.7, root=1.7),
+    "s4 r0.6 start 0.9": Knobs(step=4.0, release=0.6, start=0.9),
+    "s4 r0.6 per leaf": Knobs(step=4.0, release=0.6, per_leaf=1.0),
+    "s4 r0.6 weighted 0.5": Knobs(step=4.0, release=0.6, weight=0.5),
+    "s4 r0.6 noise 0.1": Knobs(step=4.0, release=0.6, noise=0.1),
+    "s4 r0.6 noise 0.5": Knobs(step=4.0, release=0.6, noise=0.5),
+    "s4 r0.6 explorers 0.1": Knobs(step=4.0, release=0.6, explorers=0.1),
+    "s4 r0.6 explorers 0.25": Knobs(step=4.0, release=0.6, explorers=0.25),
+    **{
+        f"explorers {e:g} recall {t:g} r0.8 power {p:g}": Knobs(
+            step=4.0, release=0.8, explorers=e, elite=0.1, recall=t, power=p
+        )
+        for e in (0.25, 0.5)
+        for t, p in ((0.4, 2.0), (0.4, 4.0), (0.6, 4.0))
+    },
+    "s4 r0.6 stagger 0.5": Knobs(step=4.0, release=0.6, stagger=0.5),
+    "s4 r0.6 stagger 0.9": Knobs(step=4.0, release=0.6, stagger=0.9),
+    "s4 r0.8 ranked stagger 0.7": Knobs(step=4.0, release=0.8, stagger=0.7, ranked=1.0),
+    "s4 r0.6 steps 2-8": Knobs(step=2.0, release=0.6, step_ratio=4.0),
 }
 
 
@@ -403,7 +439,9 @@ def main() -> None:
             if args.quick:
                 task = task._replace(num_steps=20)
             programs = {n: make_program(task, args.optimizer, n) for n in (False, True)}
-            starts = make_starts(task, range(6 if task.kind == "model" else 3))
+            # Six instances of models, which differ more; two runs where they are long.
+            num_seeds = 2 if task.num_runs == 1 else 6 if task.kind == "model" else 3
+            starts = make_starts(task, range(num_seeds))
             for variant, knobs in chosen.items():
                 cell = f"{name} | {variant}"
                 progress.set_description(cell)
