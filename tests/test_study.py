@@ -111,30 +111,30 @@ def test_interrupted_study_ends_with_the_same_file(tmp_path, optax_promotion):
 
 
 def test_cell_is_a_training_run(optax_promotion):
-    """The scores of a cell are those of a plain loop."""
-    task = tiny_task()._replace(num_steps=3)
-    starts = study.make_starts(task, [0, 5])
-    start = study.pick(starts, 1)
-    outcome = study.make_run(task, "normalised", "momentum", 3)((), start, 0.1)
+    """The scores of a cell are those of momentum written out."""
+    task = tiny_task()
+    start = study.pick(study.make_starts(task, [0, 5]), 1)
+    run = jax.jit(study.make_run(task, "normalised", "momentum", 4))
+    outcome = run((), start, 0.1)
 
-    params = start.params
-    unit = methods.rms(params - params.mean(axis=0, keepdims=True))
-    schedule = optax.cosine_decay_schedule(0.1 * unit, 3)
-    tx = optax.chain(
-        pranam_optax.pranam(coupling=0.0), optax.sgd(schedule, momentum=0.9)
-    )
-    state = tx.init(params)
-    grad_fn = pranam_optax.replica_value_and_grad(
-        lambda x: task.loss((), start.problem, x, None)
-    )
-    means = []
-    for _ in range(3):
-        values, grads = grad_fn(params)
-        means.append(values.mean())
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(outcome.scores, grad_fn(params)[0], rtol=1e-4)
+    x, place = np.asarray(start.params), np.asarray(start.problem)
+    unit, velocity, means = np.sqrt(np.mean((x - x.mean(axis=0)) ** 2)), 0.0, []
+    for i in range(4):
+        means.append(np.mean(np.sum((x - place) ** 2, axis=1)))
+        gradient = 2 * (x - place)
+        velocity = 0.9 * velocity + gradient / np.sqrt(np.mean(gradient**2))
+        x = x - 0.1 * unit * 0.5 * (1 + np.cos(np.pi * i / 4)) * velocity
+    scores = np.sum((x - place) ** 2, axis=1)
+    np.testing.assert_allclose(outcome.scores, scores, rtol=1e-4)
     np.testing.assert_allclose(outcome.means, means, rtol=1e-4)
+
+
+def test_normalised_control_is_pranam_without_coupling():
+    params, grads = jax.random.normal(jax.random.key(0), (2, 4, 3))
+    link = pranam_optax.pranam(coupling=0.0)
+    expected, _ = jax.jit(link.update)(grads, link.init(params), params)
+    updates, _ = methods.normalize().update(grads, optax.EmptyState(), params)
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)
 
 
 def test_lookahead_is_that_of_optax(optax_promotion):
@@ -164,21 +164,20 @@ def test_tasks_have_the_losses_of_the_problems():
         np.testing.assert_allclose(predict(params, fit.x.T), expected, rtol=1e-4)
 
 
-def test_prototype_of_the_notebook_makes_the_step_of_pranam():
+def test_prototype_of_the_notebook_makes_the_step_of_pranam(optax_promotion):
     params = jax.random.normal(jax.random.key(0), (8, 6))
     grads = jax.random.normal(jax.random.key(1), (8, 6))
     link = pranam_optax.pranam(coupling=0.7)
     expected, _ = link.update(grads, link.init(params), params)
     knobs = jax.tree.map(jnp.asarray, variants.Knobs(start=0.7))
-    _, updates = variants.update(
-        knobs,
-        np.zeros(6, int),
-        jnp.zeros([]),
-        variants.fit(params, jnp.asarray(4.0)),
-        params,
-        grads,
-        jnp.arange(8.0),
-    )
+
+    @jax.jit
+    def update(knobs):
+        phi, values = variants.fit(params, knobs.width), jnp.arange(8.0)
+        leaves, time = np.zeros(6, int), jnp.zeros([])
+        return variants.update(knobs, leaves, time, phi, params, grads, values)[1]
+
+    updates = update(knobs)
     np.testing.assert_allclose(updates, expected, rtol=1e-3, atol=1e-4)
 
 

@@ -119,7 +119,7 @@ def fit(weights: jax.Array, width: Any) -> Phi:
     mean = weights.mean(axis=0)
     u, norms, vt = jnp.linalg.svd(weights - mean[None], full_matrices=False)
     k = min(MAX_WIDTH, len(norms))
-    root = jnp.sqrt(norms[:k]) * (np.arange(k) < width)
+    root = jnp.sqrt(norms[:k]) * (jnp.arange(k) < width)
     return Phi(u[:, :k] * root[None], vt[:k] * root[:, None], mean)
 
 
