@@ -35,7 +35,7 @@ Results = dict[str, dict[str, Any]]
 # Peers run one evaluation at a time: on the first of the reported seeds only.
 PEER_SEEDS = 5
 
-RATES = tuple(float(f"{10**k:.3g}") for k in np.arange(-3, 1.5, 0.5))
+RATES = tuple(float(f"{10**k:.3g}") for k in np.arange(-2.5, 1.5, 0.5))
 
 
 class Setting(NamedTuple):
@@ -50,7 +50,7 @@ class Setting(NamedTuple):
     """
 
     rates: tuple[float, ...] = RATES
-    tuning_seeds: range = range(3)
+    tuning_seeds: range = range(5)
     report_seeds: range = range(100, 110)
     num_points: int = 40
     num_steps: int | None = None

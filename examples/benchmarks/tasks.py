@@ -53,7 +53,7 @@ class Task(NamedTuple):
     minimum: float = 0.0
     data: Any = ()
     accuracy: Callable[[Any, Arrays, Any], jax.Array] | None = None
-    max_seeds: tuple[int, int] = (3, 10)
+    max_seeds: tuple[int, int] = (5, 10)
     num_runs: int = 16
     box: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -114,7 +114,7 @@ def function(name: str, dim: int, rotated: bool, num_steps: int = 1000) -> Task:
         solved=SOLVED.get(name, 0.1),
         floor=1e-3,
         minimum=problem.minimum,
-        max_seeds=(3, 10) if dim < 1000 else (1, 5),
+        max_seeds=(5, 10) if dim < 1000 else (1, 5),
         num_runs=max(1, 32 * 30 // dim),
         box=(np.asarray(problem.low), np.asarray(problem.high)),
     )

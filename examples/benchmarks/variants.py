@@ -311,8 +311,8 @@ VARIANTS: dict[str, Knobs] = {
     "s6 weighted": Knobs(weight=1.0),
     **{
         f"elite {e:g} s{s:g} r{r:g}": Knobs(elite=e, step=s, release=r)
-        for e in (0.1, 0.25)
-        for s, r in ((2.0, 0.6), (4.0, 0.6), (4.0, 1.0))
+        for e in (0.1, 0.25, 0.5)
+        for s, r in ((2.0, 0.6), (4.0, 0.45), (4.0, 0.6), (4.0, 0.8), (4.0, 1.0))
     },
     **{
         f"elite {e:g} s4 r0.9 sharp": Knobs(elite=e, step=4.0, release=0.9, power=4.0)
@@ -414,6 +414,7 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", default=["*"])
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--optimizer", default="adam")
+    parser.add_argument("--seeds", type=int, help="default 6 for models, else 3")
     parser.add_argument("--output", type=Path, default=Path("variants.json"))
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--table", action="store_true", help="only print the table")
@@ -441,7 +442,7 @@ def main() -> None:
             programs = {n: make_program(task, args.optimizer, n) for n in (False, True)}
             # Six instances of models, which differ more; two runs where they are long.
             num_seeds = 2 if task.num_runs == 1 else 6 if task.kind == "model" else 3
-            starts = make_starts(task, range(num_seeds))
+            starts = make_starts(task, range(args.seeds or num_seeds))
             for variant, knobs in chosen.items():
                 cell = f"{name} | {variant}"
                 progress.set_description(cell)
