@@ -56,11 +56,12 @@ def table(cells: report.Cells) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", type=Path, help="folder with the files of MNIST")
-    parser.add_argument("--output", type=Path, default=Path("study.json"))
+    parser.add_argument("--output", type=Path, help="default study.json")
     parser.add_argument("--quick", action="store_true", help="small, to try the code")
     args = parser.parse_args()
 
     makers = make_tasks(args.data_dir)
+    output = "optimizers_quick.json" if args.quick else "study.json"
     problems = ("Ackley 10 rotated",) if args.quick else PROBLEMS
     optimizers = ("Adam",) if args.quick else OPTIMIZERS
     results = study.study(
@@ -68,7 +69,7 @@ def main() -> None:
         optimizers,
         METHODS,
         study.QUICK if args.quick else study.Setting(),
-        args.output,
+        args.output or Path(output),
     )
     cells = report.read(results)
     wanted = {key: cells[key] for key in product(problems, optimizers, METHODS)}

@@ -22,8 +22,9 @@ def log_floored(values: np.ndarray, floor: float) -> np.ndarray:
     return np.log10(np.clip(filled, floor, worst))
 
 
-def geometric_mean(values: np.ndarray, floor: float) -> float:
-    return float(10 ** log_floored(values, floor).mean())
+def geometric_mean(values: np.ndarray, floor: float) -> np.ndarray:
+    """Over seeds, the last axis, of scores above a floor."""
+    return 10 ** log_floored(values, floor).mean(axis=-1)
 
 
 def paired_p(ours: np.ndarray, theirs: np.ndarray, floor: float) -> float:

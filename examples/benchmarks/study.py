@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from blackbox import PEERS, run_peer
 from methods import METHODS, OPTIMIZERS, rate_unit
+from stats import geometric_mean
 from tasks import Task, make_tasks
 from tqdm import tqdm
 
@@ -184,12 +185,6 @@ def run_all(
     return Outcome(*map(join, *outcomes))
 
 
-def geometric_mean(values: np.ndarray, floor: float) -> np.ndarray:
-    """Over the last axis, of values above a floor; infinite where any is NaN."""
-    filled = np.nan_to_num(values, nan=np.inf)
-    return np.exp(np.mean(np.log(np.maximum(filled, floor)), axis=-1))
-
-
 def short(values: np.ndarray) -> Any:
     """Nested lists with 4 digits."""
     return np.vectorize(lambda x: float(f"{x:.4g}"))(values).tolist()
@@ -300,7 +295,7 @@ def main() -> None:
     parser.add_argument("--problems", nargs="*", metavar="NAME", help="names or globs")
     parser.add_argument("--optimizers", nargs="*", metavar="NAME", default=["Adam"])
     parser.add_argument("--methods", nargs="*", metavar="NAME", help="names or globs")
-    parser.add_argument("--output", type=Path, default=Path("study.json"))
+    parser.add_argument("--output", type=Path, help="default study.json")
     parser.add_argument("--data-dir", type=Path, help="folder with the data files")
     parser.add_argument("--report-seeds", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="two small problems")
@@ -321,6 +316,8 @@ def main() -> None:
         args.optimizers, args.methods = ["*"], ["*"]
     methods = args.methods or (QUICK_METHODS if args.quick else list(METHODS))
     problems = args.problems or (QUICK_PROBLEMS if args.quick else ["*"])
+    # Apart, so that no cell of a quick study passes for a finished one.
+    output = args.output or Path("study_quick.json" if args.quick else "study.json")
     setting = QUICK if args.quick else Setting()
     if not args.quick:
         setting = setting._replace(report_seeds=range(100, 100 + args.report_seeds))
@@ -329,10 +326,10 @@ def main() -> None:
         select(list(OPTIMIZERS), args.optimizers),
         select([*METHODS, *PEERS], methods),
         setting,
-        args.output,
+        output,
     )
     edges = [name for name, cell in results.items() if cell.get("at_edge")]
-    print(f"{len(results)} cells in {args.output}; tables: report.py {args.output}")
+    print(f"{len(results)} cells in {output}; tables: report.py {output}")
     if edges and not args.quick:
         print("best rate at the edge of the grid:", "; ".join(edges))
 

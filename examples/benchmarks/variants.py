@@ -9,7 +9,6 @@ Finished cells are kept in the output file.
 """
 
 import argparse
-import fnmatch
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from report import lines_of
+from stats import geometric_mean
+from study import Start, make_starts, select
 from tasks import Task, make_tasks
 from tqdm import tqdm
-
-import pranam_optax
 
 MAX_WIDTH = 16
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -183,34 +183,6 @@ def update(
     return new, c * normalised(pull) + (1 - c) * g
 
 
-class Start(NamedTuple):
-    """What all variants share in a run."""
-
-    problem: Any
-    params: Any
-    batches: jax.Array
-
-
-def make_starts(task: Task, seeds: Sequence[int]) -> Start:
-    """The starts for these seeds, stacked."""
-
-    def start(key: jax.Array) -> Start:
-        problem_key, replica_key, batch_key = jax.random.split(key, 3)
-        return Start(
-            task.draw(problem_key),
-            pranam_optax.replicate(task.init, replica_key, task.num_replicas),
-            jax.random.split(batch_key, task.num_steps),
-        )
-
-    # It runs once: what takes time is the compilation of the random numbers.
-    quick = {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    }
-    draw = jax.jit(jax.vmap(start), compiler_options=quick)
-    return draw(jax.vmap(jax.random.key)(jnp.array(seeds)))
-
-
 def make_program(
     task: Task, optimizer: str = "adam", noisy: bool = False
 ) -> Callable[..., jax.Array]:
@@ -363,32 +335,23 @@ VARIANTS: dict[str, Knobs] = {
 }
 
 
-def geometric(scores: np.ndarray, floor: float) -> np.ndarray:
-    """Geometric mean over seeds (the last axis) of scores above a floor."""
-    filled = np.nan_to_num(scores, nan=np.inf)
-    return np.exp(np.mean(np.log(np.maximum(filled, floor)), axis=-1))
-
-
 def summary(cell: dict[str, Any], floor: float) -> tuple[float, float, float]:
     """Rate; geometric means over seeds of the mean over replicas and of the best."""
     means, bests = (np.array(cell[key], float) for key in ("mean", "best"))
-    chosen = int(np.argmin(geometric(means, floor)))
+    chosen = int(np.argmin(geometric_mean(means, floor)))
     return (
         RATES[chosen],
-        float(geometric(means[chosen], floor)),
-        float(geometric(bests[chosen], floor)),
+        float(geometric_mean(means[chosen], floor)),
+        float(geometric_mean(bests[chosen], floor)),
     )
 
 
-def table(results: dict[str, Any], floors: dict[str, float]) -> str:
-    """A row per variant: gain over "normalised", of the mean and of the best."""
-    names = dict.fromkeys(cell.split(" | ")[0] for cell in results)
-    variants = dict.fromkeys(cell.split(" | ")[1] for cell in results)
-    lines = [
-        "| variant | " + " | ".join(names) + " |",
-        "| --- |" + " --- |" * len(names),
-    ]
-    for variant in variants:
+def table(
+    results: dict[str, Any], names: Sequence[str], floors: dict[str, float]
+) -> str:
+    """A row per variant: mean over replicas / best replica (learning rate)."""
+    rows = []
+    for variant in dict.fromkeys(cell.split(" | ")[1] for cell in results):
         row = [variant]
         for name in names:
             cell = results.get(f"{name} | {variant}")
@@ -396,8 +359,8 @@ def table(results: dict[str, Any], floors: dict[str, float]) -> str:
             if cell is not None:
                 rate, mean, best = summary(cell, floors[name])
                 row[-1] = f"{mean:.2g} / {best:.2g} ({rate:g})"
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        rows.append(row)
+    return lines_of(["variant", *names], rows)
 
 
 TASKS = (
@@ -415,7 +378,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--optimizer", default="adam")
     parser.add_argument("--seeds", type=int, help="default 6 for models, else 3")
-    parser.add_argument("--output", type=Path, default=Path("variants.json"))
+    parser.add_argument("--output", type=Path, help="default variants.json")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--quick", action="store_true", help="one cell, 20 steps")
@@ -423,14 +386,12 @@ def main() -> None:
     if args.quick:
         args.variants, args.tasks = ["default"], ["Ackley 10"]
 
+    file = "variants_quick.json" if args.quick else "variants.json"
+    output = args.output or Path(file)
     makers = make_tasks(args.data_dir)
-    names = [n for n in makers if any(fnmatch.fnmatch(n, p) for p in args.tasks)]
-    chosen = {
-        name: knobs
-        for name, knobs in VARIANTS.items()
-        if any(fnmatch.fnmatch(name, pattern) for pattern in args.variants)
-    }
-    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    names = select(list(makers), args.tasks)
+    chosen = {name: VARIANTS[name] for name in select(list(VARIANTS), args.variants)}
+    results = json.loads(output.read_text()) if output.exists() else {}
     with tqdm(total=len(names) * len(chosen), unit="cell") as progress:
         for name in names if not args.table else ():
             if all(f"{name} | {variant}" in results for variant in chosen):
@@ -453,13 +414,15 @@ def main() -> None:
                         "mean": scores.mean(axis=-1).tolist(),
                         "best": np.nanmin(scores, axis=-1).tolist(),
                     }
-                    args.output.write_text(json.dumps(results))
+                    output.write_text(json.dumps(results))
                 progress.update()
-    floors = {
-        name: 1e-10 if makers[name]().kind == "model" else 1e-3
-        for name in dict.fromkeys(cell.split(" | ")[0] for cell in results)
+    shown = {
+        cell: result
+        for cell, result in results.items()
+        if cell.split(" | ")[0] in names and cell.split(" | ")[1] in chosen
     }
-    print(table(results, floors))
+    found = [n for n in names if any(cell.startswith(f"{n} |") for cell in shown)]
+    print(table(shown, found, {name: makers[name]().floor for name in found}))
 
 
 if __name__ == "__main__":
