@@ -218,6 +218,9 @@ def test_report_tells_won_from_lost_cells():
     assert [c.verdict for c in equal] == ["equal", "equal"]
     assert "| 30-D multimodal | Adam |" in report.gain_table(cells, "pranam")
     assert "| **0.09" in report.peer_table(cells)
+    targets = report.target_table(cells)
+    assert "mean better | at least 85 % | 1 of 1 (100%) |" in targets
+    assert "no peer has a lower median gap | at least half | 1 of 1 |" in targets
 
     once = report.fill("# Title\n", {"a": "table"})
     assert report.fill(once, {"a": "table"}) == once

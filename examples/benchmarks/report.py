@@ -157,7 +157,7 @@ def lines_of(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def number(x: float) -> str:
-    return f"{x:.3g}" if np.isfinite(x) else "diverged"
+    return f"{x:.3g}" if np.isfinite(x) else "-"
 
 
 def verdict_table(cells: Cells, ours: str, rivals: Sequence[str]) -> str:
@@ -278,29 +278,120 @@ def gain_table(cells: Cells, ours: str) -> str:
     )
 
 
+def share(comparisons: Sequence[Comparison], verdict: str) -> str:
+    count = sum(c.verdict == verdict for c in comparisons)
+    return f"{count} of {len(comparisons)} ({count / len(comparisons):.0%})"
+
+
+def median_gain(cells: Cells, problem: str, optimizer: str, what: str) -> float:
+    """Median over instances of the gain of pranam over the better control."""
+    ours = cells[problem, optimizer, "pranam"]
+    controls = [
+        getattr(cells[problem, optimizer, method], what)
+        for method in ("independent", "normalised")
+    ]
+    better = min(controls, key=lambda x: geometric_mean(x, ours.floor))
+    logs = log_floored(better, ours.floor) - log_floored(
+        getattr(ours, what), ours.floor
+    )
+    return float(10 ** np.median(logs))
+
+
+def target_table(cells: Cells) -> str:
+    """What was aimed at, and what was measured."""
+    rows: list[Sequence[str]] = []
+    versus = {w: compare(cells, "pranam", "independent", w) for w in ("mean", "best")}
+    for kind in ("multimodal", "model"):
+        mean, best = (
+            [c for c in comparisons if c.kind == kind]
+            for comparisons in versus.values()
+        )
+        if mean:
+            name = f"{kind} cells, against independent"
+            rows += [
+                (f"{name}: mean better", "at least 85 %", share(mean, "better")),
+                (f"{name}: mean worse", "at most 5 %", share(mean, "worse")),
+                (f"{name}: best worse", "at most 5 %", share(best, "worse")),
+            ]
+    unimodal = [c for c in versus["mean"] if c.kind == "unimodal"]
+    if unimodal:
+        worst = min(unimodal, key=lambda c: c.gain)
+        where = f"{worst.problem}, {worst.optimizer}"
+        rows.append(
+            (
+                "unimodal cells: gap over that of independent",
+                "at most 1.5",
+                f"at most {1 / worst.gain:.2g} ({where})",
+            )
+        )
+    for optimizer in ("Adam", "SGD", "Adagrad", "RMSProp"):
+        for what, comparisons in versus.items():
+            logs = [
+                np.log(c.gain)
+                for c in comparisons
+                if c.kind == "multimodal"
+                and " 30" in c.problem
+                and c.optimizer == optimizer
+            ]
+            if logs:
+                least = {"mean": (50, 5), "best": (500, 10)}[what][optimizer != "Adam"]
+                rows.append(
+                    (
+                        f"30-D multimodal, {optimizer}: geometric mean of the gain, "
+                        f"{what}",
+                        f"at least {least}",
+                        f"{np.exp(np.mean(logs)):.3g} ({len(logs)} functions)",
+                    )
+                )
+    models = [p for p, o, m in cells if (o, m) == ("Adam", "pranam")]
+    for problem in models:
+        known = all(
+            (problem, "Adam", m) in cells for m in ("independent", "normalised")
+        )
+        if cells[problem, "Adam", "pranam"].kind == "model" and known:
+            for what, aim in (("mean", "at least 5"), ("best", "at least 1")):
+                gain = median_gain(cells, problem, "Adam", what)
+                name = f"{problem}, Adam: median gain over the better control, {what}"
+                rows.append((name, aim, f"{gain:.2g}"))
+    peers = peer_medians(cells)
+    if peers:
+        won = sum(medians[0] == min(medians) for medians in peers.values())
+        name = "functions on which no peer has a lower median gap"
+        rows.append((name, "at least half", f"{won} of {len(peers)}"))
+    return lines_of(("", "aim", "measured"), rows)
+
+
+def peer_names(cells: Cells) -> list[str]:
+    return list(dict.fromkeys(m for _, o, m in cells if o == "-"))
+
+
+def peer_medians(cells: Cells) -> dict[str, list[float]]:
+    """Median over seeds of the lowest score, floored: ours, then each peer's."""
+    medians = {}
+    for problem in dict.fromkeys(p for p, o, _ in cells if o == "-"):
+        keys = [("Adam", "pranam"), *(("-", peer) for peer in peer_names(cells))]
+        found = [cells.get((problem, *key)) for key in keys]
+        # Peers run on the first seeds only.
+        num_seeds = min(len(c.best) for c in found if c is not None)
+        medians[problem] = [
+            np.inf
+            if c is None
+            else max(float(np.median(c.best[:num_seeds])), FLOORS["multimodal"])
+            for c in found
+        ]
+    return medians
+
+
 def peer_table(cells: Cells) -> str:
     """Median over seeds of the lowest score; the lowest median is bold."""
-    peers = list(dict.fromkeys(m for _, o, m in cells if o == "-"))
-    rows = []
-    for problem in dict.fromkeys(p for p, o, _ in cells if o == "-"):
-        ours = cells.get((problem, "Adam", "pranam"))
-        entries = [ours, *(cells.get((problem, "-", peer)) for peer in peers)]
-        # Peers run on the first seeds only.
-        num_seeds = min(len(c.best) for c in entries if c is not None)
-        medians = [
-            np.inf if c is None else float(np.median(c.best[:num_seeds]))
-            for c in entries
+    rows = [
+        [
+            problem,
+            *(f"**{m:.3g}**" if m == min(medians) else number(m) for m in medians),
         ]
-        # Scores below the floor are equal.
-        floored = np.maximum(medians, FLOORS["multimodal"])
-        rows.append(
-            [problem]
-            + [
-                f"**{m:.3g}**" if f == floored.min() else number(m)
-                for m, f in zip(medians, floored, strict=True)
-            ]
-        )
-    return lines_of(("problem", "pranam + Adam", *peers), rows)
+        for problem, medians in peer_medians(cells).items()
+    ]
+    return lines_of(("problem", "pranam + Adam", *peer_names(cells)), rows)
 
 
 def draw_profiles(cells: Cells) -> Any:
@@ -456,6 +547,7 @@ def write(cells: Cells, folder: Path, landscape_steps: int = 400) -> None:
         "model": "Models",
     }
     sections = {
+        "targets": target_table(cells),
         "verdicts": verdict_table(
             cells, "pranam", ("independent", "normalised", "to the mean", "no sharing")
         ),
