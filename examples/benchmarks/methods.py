@@ -118,14 +118,15 @@ STEP_SIZE = 4.0
 
 
 def coupled(
-    embedding: Embedding | None = None, **options: Any
+    embedding: Embedding | None = None,
+    step_size: float = STEP_SIZE,
+    release: float = RELEASE,
 ) -> Callable[[Any, int], Any]:
     """`pranam` with its one default: the same for all problems."""
 
     def make(inner: Any, num_steps: int) -> Any:
-        release = optax.linear_schedule(1.0, 0.0, int(RELEASE * num_steps))
-        defaults = {"coupling": release, "step_size": STEP_SIZE}
-        link = pranam_optax.pranam(embedding, **{**defaults, **options})
+        coupling = optax.linear_schedule(1.0, 0.0, int(release * num_steps))
+        link = pranam_optax.pranam(embedding, coupling=coupling, step_size=step_size)
         return optax.chain(link, inner)
 
     return make
@@ -146,6 +147,12 @@ METHODS: dict[str, Callable[[Any, int], Any]] = {
     "reparametrize": lambda inner, num_steps: pranam_optax.reparametrize(inner),
     "to the mean": coupled(mean_embedding()),
     "no sharing": coupled(unshared_embedding()),
+}
+
+# Other settings of `pranam`, for the notebook.
+PRESETS: dict[str, Callable[[Any, int], Any]] = {
+    f"s{s:g} r{r:g}": coupled(step_size=s, release=r)
+    for s, r in ((1, 0.3), (2, 0.3), (2, 0.6), (4, 0.3), (6, 1))
 }
 
 

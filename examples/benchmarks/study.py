@@ -24,17 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from blackbox import PEERS, run_peer
-from methods import METHODS, OPTIMIZERS, rate_unit
+from methods import METHODS, OPTIMIZERS, PRESETS, rate_unit
 from stats import geometric_mean
 from tasks import Task, make_tasks
 from tqdm import tqdm
 
 import pranam_optax
 
+ALL = {**METHODS, **PRESETS}
+
 Results = dict[str, dict[str, Any]]
 
 # Peers run one evaluation at a time: on the first of the reported seeds only.
-PEER_SEEDS = 5
+PEER_SEEDS = 3
 
 RATES = tuple(float(f"{10**k:.3g}") for k in np.arange(-2.5, 1.5, 0.5))
 
@@ -134,7 +136,7 @@ def make_run(
         unit = rate_unit(method, optimizer, start.params, first)
         schedule = optax.cosine_decay_schedule(rate * unit, task.num_steps)
         inner = OPTIMIZERS[optimizer](schedule)
-        tx = optax.with_extra_args_support(METHODS[method](inner, task.num_steps))
+        tx = optax.with_extra_args_support(ALL[method](inner, task.num_steps))
 
         def step(carry: Any, key: jax.Array) -> Any:
             params, state = carry
@@ -242,7 +244,7 @@ def cells(
     for problem in problems:
         for optimizer in optimizers:
             for method in methods:
-                if method in METHODS:
+                if method in ALL:
                     yield problem, optimizer, method
         for method in methods:
             if method in PEERS:
@@ -308,12 +310,12 @@ def main() -> None:
         for title, names in (
             ("problems", makers),
             ("optimizers", OPTIMIZERS),
-            ("methods", {**METHODS, **PEERS}),
+            ("methods", {**ALL, **PEERS}),
         ):
             print(f"{title}: {', '.join(names)}")
         return
     if args.full:
-        args.optimizers, args.methods = ["*"], ["*"]
+        args.optimizers, args.methods = ["*"], [*METHODS, *PEERS]
     methods = args.methods or (QUICK_METHODS if args.quick else list(METHODS))
     problems = args.problems or (QUICK_PROBLEMS if args.quick else ["*"])
     # Apart, so that no cell of a quick study passes for a finished one.
@@ -324,7 +326,7 @@ def main() -> None:
     results = study(
         {name: makers[name] for name in select(list(makers), problems)},
         select(list(OPTIMIZERS), args.optimizers),
-        select([*METHODS, *PEERS], methods),
+        select([*ALL, *PEERS], methods),
         setting,
         output,
     )

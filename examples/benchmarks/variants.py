@@ -133,9 +133,9 @@ def unit(x: jax.Array) -> jax.Array:
 
 def leaf_rms(x: jax.Array, leaves: np.ndarray) -> jax.Array:
     """RMS over all replicas of each weight's leaf, `[1, n]`."""
-    member = leaves[:, None] == leaves[None]
-    average = jnp.asarray(member / member.sum(axis=1, keepdims=True), x.dtype)
-    return jnp.sqrt(average @ jnp.mean(x**2, axis=0))[None]
+    member = (leaves[:, None] == np.unique(leaves)[None]).astype(x.dtype)
+    average = jnp.mean(x**2, axis=0) @ (member / member.sum(axis=0))
+    return jnp.sqrt(member @ average)[None]
 
 
 def update(
@@ -252,7 +252,7 @@ VARIANTS: dict[str, Knobs] = {
     "nets": Knobs(step=1.0, release=0.3),
     **{
         f"s{s:g} r{r:g}": Knobs(step=s, release=r)
-        for s in (1.0, 2.0, 4.0, 6.0)
+        for s in (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
         for r in (0.3, 0.6, 1.0)
     },
     **{
@@ -378,6 +378,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--optimizer", default="adam")
     parser.add_argument("--seeds", type=int, help="default 6 for models, else 3")
+    parser.add_argument("--replicas", type=int, help="default that of the problem")
     parser.add_argument("--output", type=Path, help="default variants.json")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--table", action="store_true", help="only print the table")
@@ -400,6 +401,8 @@ def main() -> None:
             task = makers[name]()
             if args.quick:
                 task = task._replace(num_steps=20)
+            if args.replicas:
+                task = task._replace(num_replicas=args.replicas)
             programs = {n: make_program(task, args.optimizer, n) for n in (False, True)}
             # Six instances of models, which differ more; two runs where they are long.
             num_seeds = 2 if task.num_runs == 1 else 6 if task.kind == "model" else 3
