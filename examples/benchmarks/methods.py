@@ -1,0 +1,178 @@
+"""The methods and the base optimizers of the study."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import pranam_optax
+from pranam_optax import Embedding
+
+
+class LookaheadState(NamedTuple):
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
+    slow: Any
+    inner: Any
+
+
+def lookahead(
+    inner: optax.GradientTransformation, period: int = 6, pace: float = 0.5
+) -> optax.GradientTransformation:
+    """As `optax.lookahead`, but for plain params, so that it may follow any link.
+
+    References:
+      M. Zhang, J. Lucas, G. Hinton, J. Ba, `Lookahead optimizer: k steps forward, 1
+      step back <https://arxiv.org/abs/1907.08610>`_, 2019.
+    """
+
+    def init(params: Any) -> LookaheadState:
+        slow = jax.tree.map(jnp.copy, params)
+        return LookaheadState(jnp.zeros([], jnp.int32), slow, inner.init(params))
+
+    def update(updates: Any, state: LookaheadState, params: Any = None) -> Any:
+        updates, inner_state = inner.update(updates, state.inner, params)
+        fast = optax.apply_updates(params, updates)
+        sync = (state.count + 1) % period == 0
+
+        def pick(slow: jax.Array, fast: jax.Array) -> jax.Array:
+            return jnp.where(sync, slow + pace * (fast - slow), slow)
+
+        slow = jax.tree.map(pick, state.slow, fast)
+        updates = jax.tree.map(
+            lambda s, f, p: jnp.where(sync, s, f) - p, slow, fast, params
+        )
+        return updates, LookaheadState(
+            optax.safe_increment(state.count), slow, inner_state
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+OPTIMIZERS: dict[str, Callable[[optax.ScalarOrSchedule], Any]] = {
+    "Adam": optax.adam,
+    "SGD": optax.sgd,
+    "Adagrad": optax.adagrad,
+    "RMSProp": optax.rmsprop,
+    "momentum": partial(optax.sgd, momentum=0.9),
+    "Nesterov": partial(optax.sgd, momentum=0.9, nesterov=True),
+    "Adadelta": optax.adadelta,
+    "AdamW": optax.adamw,
+    "NAdam": optax.nadam,
+    "AMSGrad": optax.amsgrad,
+    "AdaMax": optax.adamax,
+    "Lookahead(Adam)": lambda rate: lookahead(optax.adam(rate)),
+}
+# Their steps are in proportion to the gradients.
+PROPORTIONAL = ("SGD", "momentum", "Nesterov")
+
+
+def mean_embedding() -> Embedding:
+    """Width 0: the bias alone, so that the pull is towards the replicas' mean."""
+
+    def init(key: jax.Array, params: Any) -> Any:
+        num_replicas = jax.tree.leaves(params)[0].shape[0]
+        return jnp.zeros(num_replicas), jax.tree.map(lambda x: x.mean(axis=0), params)
+
+    return Embedding(init, apply_mean)
+
+
+def apply_mean(phi: Any) -> Any:
+    replicas, bias = phi
+    return jax.tree.map(
+        lambda x: jnp.broadcast_to(x[None], (*replicas.shape, *x.shape)), bias
+    )
+
+
+def unshared_embedding(width: int = 4) -> Embedding:
+    """Codes, heads and bias of its own for each replica: nothing is shared."""
+
+    def init(key: jax.Array, params: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
+        keys = jax.random.split(key, len(leaves) + 1)
+        table = jax.random.normal(keys[0], (leaves[0].shape[0], width))
+        heads = [
+            jax.random.normal(k, (x.shape[0], width, *x.shape[1:])) * x.std() / width
+            for k, x in zip(keys[1:], leaves, strict=True)
+        ]
+        phi = table, jax.tree.unflatten(treedef, heads)
+        return (*phi, jax.tree.map(jnp.subtract, params, product(*phi)))
+
+    return Embedding(init, apply_unshared)
+
+
+def product(table: jax.Array, heads: Any) -> Any:
+    return jax.tree.map(lambda h: jnp.einsum("rk,rk...->r...", table, h), heads)
+
+
+def apply_unshared(phi: Any) -> Any:
+    table, heads, bias = phi
+    return jax.tree.map(jnp.add, product(table, heads), bias)
+
+
+# The one default, for functions and models alike; see docs/notebook.md.
+RELEASE = 0.6
+STEP_SIZE = 4.0
+
+
+def coupled(
+    embedding: Embedding | None = None,
+    step_size: float = STEP_SIZE,
+    release: float = RELEASE,
+) -> Callable[[Any, int], Any]:
+    """`pranam` with its one default: the same for all problems."""
+
+    def make(inner: Any, num_steps: int) -> Any:
+        coupling = optax.linear_schedule(1.0, 0.0, int(release * num_steps))
+        link = pranam_optax.pranam(embedding, coupling=coupling, step_size=step_size)
+        return optax.chain(link, inner)
+
+    return make
+
+
+def normalize() -> optax.GradientTransformation:
+    """As `pranam(coupling=0)`, without the embedding that this does not use."""
+    return optax.stateless(
+        lambda updates, _: optax.tree.scale(1 / (rms(updates) + 1e-30), updates)
+    )
+
+
+# Each makes the whole optimizer out of the base optimizer and the number of steps.
+METHODS: dict[str, Callable[[Any, int], Any]] = {
+    "independent": lambda inner, num_steps: inner,
+    "normalised": lambda inner, num_steps: optax.chain(normalize(), inner),
+    "pranam": coupled(),
+    "reparametrize": lambda inner, num_steps: pranam_optax.reparametrize(inner),
+    "to the mean": coupled(mean_embedding()),
+    "no sharing": coupled(unshared_embedding()),
+}
+
+# Other settings of `pranam`, for the notebook.
+PRESETS: dict[str, Callable[[Any, int], Any]] = {
+    f"s{s:g} r{r:g}": coupled(step_size=s, release=r)
+    for s, r in ((1, 0.3), (2, 0.3), (2, 0.6), (4, 0.3), (6, 1))
+}
+
+
+def rms(tree: Any) -> jax.Array:
+    return optax.tree.norm(tree) / optax.tree.size(tree) ** 0.5
+
+
+def rate_unit(method: str, optimizer: str, params: Any, grads: Any) -> jax.Array:
+    """Unit of the learning rate, so that one grid serves all methods and problems.
+
+    The size of what the optimizer acts on, over that of the first gradient where the
+    optimizer's step is in proportion to it.
+    """
+    if method == "reparametrize":
+        state = pranam_optax.reparametrize(optax.identity()).init(params)
+        apply, phi = state.embedding.func, state.embedding.args[0]
+        size, gradient = phi, jax.vjp(apply, phi)[1](grads)[0]
+    else:
+        size = jax.tree.map(lambda x: x - x.mean(axis=0, keepdims=True), params)
+        gradient = grads
+    unnormalised = method in ("independent", "reparametrize")
+    proportional = optimizer in PROPORTIONAL and unnormalised
+    return rms(size) / (rms(gradient) if proportional else 1.0)

@@ -1,0 +1,618 @@
+"""Tables and figures of the study, from the cells that study.py computed.
+
+    python examples/benchmarks/report.py study.json --output docs
+    python examples/benchmarks/report.py --quick
+
+Writes study.md with its tables and the figures study_*.png and study_*.svg.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from stats import (
+    bootstrap_interval,
+    geometric_mean,
+    holm,
+    log_floored,
+    paired_p,
+    profile,
+)
+
+import pranam_optax
+from pranam_optax import problems
+
+FLOORS = {"multimodal": 1e-3, "unimodal": 1e-3, "model": 1e-10}
+METHODS = (
+    "independent",
+    "normalised",
+    "pranam",
+    "reparametrize",
+    "to the mean",
+    "no sharing",
+)
+COLORS = dict(
+    zip(
+        METHODS,
+        ("silver", "tab:red", "tab:blue", "tab:green", "tab:orange", "tab:purple"),
+        strict=True,
+    )
+)
+
+
+class Cell(NamedTuple):
+    """One problem, base optimizer and method.
+
+    Attributes:
+      mean: score, mean over replicas, one entry per seed.
+      best: of the best replica.
+      accuracy: on test data: mean over replicas and that of the best replica by
+        score, each one entry per seed; or None.
+      solved: part of the seeds on which the best replica solved the problem.
+      means: loss curves of the mean over replicas, `[seed, point]`.
+    """
+
+    problem: str
+    optimizer: str
+    method: str
+    kind: str
+    rate: float
+    at_edge: bool
+    mean: np.ndarray
+    best: np.ndarray
+    accuracy: tuple[np.ndarray, np.ndarray] | None
+    solved: float
+    means: np.ndarray
+
+    @property
+    def floor(self) -> float:
+        return FLOORS[self.kind]
+
+
+def read(results: dict[str, Any]) -> dict[tuple[str, str, str], Cell]:
+    cells = {}
+    for name, raw in results.items():
+        problem, optimizer, method = name.split(" | ")
+        scores = np.array(raw["scores"], float)
+        filled = np.nan_to_num(scores, nan=np.inf)
+        accuracies = np.array(raw.get("accuracies", np.nan), float)
+        accuracy = None
+        if np.isfinite(accuracies).any():
+            chosen = np.take_along_axis(accuracies, filled.argmin(axis=1)[:, None], 1)
+            accuracy = accuracies.mean(axis=1), chosen[:, 0]
+        cells[problem, optimizer, method] = Cell(
+            problem,
+            optimizer,
+            method,
+            raw["kind"],
+            raw.get("rate", np.nan),
+            raw.get("at_edge", False),
+            filled.mean(axis=1),
+            filled.min(axis=1),
+            accuracy,
+            float(np.mean(filled.min(axis=1) < raw["solved"])),
+            np.array(raw.get("means", []), float),
+        )
+    return cells
+
+
+Cells = dict[tuple[str, str, str], Cell]
+
+
+class Comparison(NamedTuple):
+    """Ours against theirs in one cell.
+
+    Attributes:
+      gain: theirs over ours, geometric mean over seeds of floored scores.
+      p: adjusted after Holm for all cells of the comparison.
+    """
+
+    problem: str
+    optimizer: str
+    kind: str
+    gain: float
+    p: float
+
+    @property
+    def verdict(self) -> str:
+        if self.p >= 0.05:
+            return "equal"
+        return "better" if self.gain > 1 else "worse"
+
+
+def compare(
+    cells: Cells, ours: str, theirs: str | tuple[str, ...], what: str
+) -> list[Comparison]:
+    """All cells that both methods have; `what` is "mean" or "best".
+
+    With several of them, "theirs" is in each cell the one with the lowest score.
+    """
+    others = (theirs,) if isinstance(theirs, str) else theirs
+    pairs = []
+    for (problem, optimizer, method), cell in cells.items():
+        rivals = [cells.get((problem, optimizer, other)) for other in others]
+        if method != ours or None in rivals:
+            continue
+        values = [getattr(rival, what) for rival in rivals if rival is not None]
+        levels = [geometric_mean(v, cell.floor) for v in values]
+        rival_values = values[int(np.argmin(levels))]
+        our_values = getattr(cell, what)
+        gain = min(levels) / geometric_mean(our_values, cell.floor)
+        p = paired_p(our_values, rival_values, cell.floor)
+        pairs.append(Comparison(problem, optimizer, cell.kind, gain, p))
+    adjusted = holm([pair.p for pair in pairs])
+    return [pair._replace(p=float(p)) for pair, p in zip(pairs, adjusted, strict=True)]
+
+
+def lines_of(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def number(x: float) -> str:
+    return f"{x:.3g}" if np.isfinite(x) else "-"
+
+
+def verdict_table(cells: Cells, ours: str, rivals: Sequence[str]) -> str:
+    """How many cells are better, equal and worse."""
+    rows = []
+    for theirs in rivals:
+        for what in ("mean", "best"):
+            comparisons = compare(cells, ours, theirs, what)
+            for kind in FLOORS:
+                verdicts = [c.verdict for c in comparisons if c.kind == kind]
+                if verdicts:
+                    counts = [
+                        f"{verdicts.count(v)} ({verdicts.count(v) / len(verdicts):.0%})"
+                        for v in ("better", "equal", "worse")
+                    ]
+                    rows.append((theirs, what, kind, str(len(verdicts)), *counts))
+    header = ("against", "of the replicas", "problems", "cells")
+    return lines_of((*header, "better", "no difference", "worse"), rows)
+
+
+def verdict_lists(cells: Cells, ours: str, theirs: str) -> str:
+    """Every cell with a significant difference, won or lost."""
+    rows = []
+    for what in ("mean", "best"):
+        for c in compare(cells, ours, theirs, what):
+            if c.verdict != "equal":
+                gain = f"{c.gain:.3g}" if c.gain >= 1 else f"1 / {1 / c.gain:.3g}"
+                p = f"{c.p:.1g}"
+                rows.append((c.verdict, what, c.problem, c.optimizer, gain, p))
+    rows.sort(key=lambda row: (row[0] == "better", row[1]))
+    return lines_of(
+        ("verdict", "of the replicas", "problem", "optimizer", "gain", "p"), rows
+    )
+
+
+def cell_table(cells: Cells, kind: str) -> str:
+    """Mean over replicas (interval) / best replica / part of the seeds solved."""
+    rows = []
+    keys = dict.fromkeys(
+        (p, o) for (p, o, _), c in cells.items() if c.kind == kind and o != "-"
+    )
+    for problem, optimizer in keys:
+        found = {m: cells.get((problem, optimizer, m)) for m in METHODS}
+        lowest = min(c.mean.mean() for c in found.values() if c is not None)
+        row = [problem, optimizer]
+        for cell in found.values():
+            if cell is None:
+                row.append("")
+                continue
+            low, high = bootstrap_interval(cell.mean)
+            text = number(cell.mean.mean())
+            if np.isfinite(cell.mean).all():
+                text += f" ({low:.2g} to {high:.2g})"
+            if cell.mean.mean() == lowest:
+                text = f"**{text}**"
+            edge = "*" if cell.at_edge else ""
+            best = number(cell.best.mean())
+            row.append(f"{text} / {best} / {cell.solved:.0%}{edge}")
+        rows.append(row)
+    return lines_of(("problem", "optimizer", *METHODS), rows)
+
+
+def accuracy_table(cells: Cells) -> str:
+    rows = []
+    for cell in cells.values():
+        if cell.accuracy is not None:
+            mean, best = cell.accuracy
+            low, high = bootstrap_interval(mean)
+            rows.append(
+                (
+                    cell.problem,
+                    cell.optimizer,
+                    cell.method,
+                    number(cell.mean.mean()),
+                    number(cell.best.mean()),
+                    f"{mean.mean():.4f} ({low:.4f} to {high:.4f})",
+                    f"{best.mean():.4f}",
+                )
+            )
+    header = ("problem", "optimizer", "method", "train loss, mean", "best")
+    return lines_of((*header, "test accuracy, mean", "of the best"), rows)
+
+
+def gain_table(cells: Cells, ours: str) -> str:
+    """Geometric means over problems of the gain, per optimizer."""
+    rows = []
+    groups = {
+        "30-D multimodal": lambda c: c.kind == "multimodal" and " 30" in c.problem,
+        "10-D multimodal": lambda c: c.kind == "multimodal" and " 10" in c.problem,
+        "unimodal": lambda c: c.kind == "unimodal",
+        "models": lambda c: c.kind == "model",
+    }
+    optimizers = dict.fromkeys(o for _, o, _ in cells if o != "-")
+    for group, belongs in groups.items():
+        for optimizer in optimizers:
+            row = [group, optimizer]
+            for theirs in ("independent", ("independent", "normalised")):
+                for what in ("mean", "best"):
+                    gains = [
+                        c.gain
+                        for c in compare(cells, ours, theirs, what)
+                        if belongs(c) and c.optimizer == optimizer
+                    ]
+                    if gains:
+                        row.append(number(float(np.exp(np.mean(np.log(gains))))))
+            if len(row) == 6:
+                rows.append(row)
+    return lines_of(
+        (
+            "problems",
+            "optimizer",
+            "mean, against independent",
+            "best, against independent",
+            "mean, against the better control",
+            "best, against the better control",
+        ),
+        rows,
+    )
+
+
+def share(comparisons: Sequence[Comparison], verdict: str) -> str:
+    count = sum(c.verdict == verdict for c in comparisons)
+    return f"{count} of {len(comparisons)} ({count / len(comparisons):.0%})"
+
+
+def median_gain(cells: Cells, problem: str, optimizer: str, what: str) -> float:
+    """Median over instances of the gain of pranam over the better control."""
+    ours = cells[problem, optimizer, "pranam"]
+    controls = [
+        getattr(cells[problem, optimizer, method], what)
+        for method in ("independent", "normalised")
+    ]
+    better = min(controls, key=lambda x: geometric_mean(x, ours.floor))
+    logs = log_floored(better, ours.floor) - log_floored(
+        getattr(ours, what), ours.floor
+    )
+    return float(10 ** np.median(logs))
+
+
+def target_table(cells: Cells) -> str:
+    """What was aimed at, and what was measured."""
+    rows: list[Sequence[str]] = []
+    versus = {w: compare(cells, "pranam", "independent", w) for w in ("mean", "best")}
+    for kind in ("multimodal", "model"):
+        mean, best = (
+            [c for c in comparisons if c.kind == kind]
+            for comparisons in versus.values()
+        )
+        if mean:
+            name = f"{kind} cells, against independent"
+            rows += [
+                (f"{name}: mean better", "at least 85 %", share(mean, "better")),
+                (f"{name}: mean worse", "at most 5 %", share(mean, "worse")),
+                (f"{name}: best worse", "at most 5 %", share(best, "worse")),
+            ]
+    unimodal = [c for c in versus["mean"] if c.kind == "unimodal"]
+    if unimodal:
+        worst = min(unimodal, key=lambda c: c.gain)
+        where = f"{worst.problem}, {worst.optimizer}"
+        rows.append(
+            (
+                "unimodal cells: gap over that of independent",
+                "at most 1.5",
+                f"at most {1 / worst.gain:.2g} ({where})",
+            )
+        )
+    for optimizer in ("Adam", "SGD", "Adagrad", "RMSProp"):
+        for what, comparisons in versus.items():
+            logs = [
+                np.log(c.gain)
+                for c in comparisons
+                if c.kind == "multimodal"
+                and " 30" in c.problem
+                and c.optimizer == optimizer
+            ]
+            if logs:
+                least = {"mean": (50, 5), "best": (500, 10)}[what][optimizer != "Adam"]
+                rows.append(
+                    (
+                        f"30-D multimodal, {optimizer}: geometric mean of the gain, "
+                        f"{what}",
+                        f"at least {least}",
+                        f"{np.exp(np.mean(logs)):.3g} ({len(logs)} functions)",
+                    )
+                )
+    models = [p for p, o, m in cells if (o, m) == ("Adam", "pranam")]
+    for problem in models:
+        known = all(
+            (problem, "Adam", m) in cells for m in ("independent", "normalised")
+        )
+        if cells[problem, "Adam", "pranam"].kind == "model" and known:
+            for what, aim in (("mean", "at least 5"), ("best", "at least 1")):
+                gain = median_gain(cells, problem, "Adam", what)
+                name = f"{problem}, Adam: median gain over the better control, {what}"
+                rows.append((name, aim, f"{gain:.2g}"))
+    peers = peer_medians(cells)
+    if peers:
+        won = sum(medians[0] == min(medians) for medians in peers.values())
+        name = "functions on which no peer has a lower median gap"
+        rows.append((name, "at least half", f"{won} of {len(peers)}"))
+    return lines_of(("", "aim", "measured"), rows)
+
+
+def peer_names(cells: Cells) -> list[str]:
+    return list(dict.fromkeys(m for _, o, m in cells if o == "-"))
+
+
+def peer_medians(cells: Cells) -> dict[str, list[float]]:
+    """Median over seeds of the lowest score, floored: ours, then each peer's."""
+    medians = {}
+    for problem in dict.fromkeys(p for p, o, _ in cells if o == "-"):
+        keys = [("Adam", "pranam"), *(("-", peer) for peer in peer_names(cells))]
+        found = [cells.get((problem, *key)) for key in keys]
+        # Peers run on the first seeds only.
+        num_seeds = min(len(c.best) for c in found if c is not None)
+        medians[problem] = [
+            np.inf
+            if c is None
+            else max(float(np.median(c.best[:num_seeds])), FLOORS["multimodal"])
+            for c in found
+        ]
+    return medians
+
+
+def peer_table(cells: Cells) -> str:
+    """Median over seeds of the lowest score; the lowest median is bold."""
+    rows = [
+        [
+            problem,
+            *(f"**{m:.3g}**" if m == min(medians) else number(m) for m in medians),
+        ]
+        for problem, medians in peer_medians(cells).items()
+    ]
+    return lines_of(("problem", "pranam + Adam", *peer_names(cells)), rows)
+
+
+def draw_profiles(cells: Cells) -> Any:
+    """Performance profiles: of the mean over replicas, and of the best."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    limits = np.logspace(0, 6, 200)
+    keys = dict.fromkeys((p, o) for p, o, m in cells if m == "pranam")
+    for ax, what in zip(axes, ("mean", "best"), strict=True):
+        for method in METHODS:
+            ratios = []
+            for problem, optimizer in keys:
+                found = {m: cells.get((problem, optimizer, m)) for m in METHODS}
+                logs = {
+                    m: log_floored(getattr(c, what), c.floor)
+                    for m, c in found.items()
+                    if c is not None
+                }
+                if method in logs:
+                    lowest = np.min(list(logs.values()), axis=0)
+                    ratios.append(10 ** (logs[method] - lowest))
+            if ratios:
+                ax.semilogx(
+                    limits,
+                    profile(np.concatenate(ratios), limits),
+                    color=COLORS[method],
+                    label=f"{method} ({len(ratios)} cells)",
+                )
+        ax.set(
+            title=f"{what} replica" if what == "best" else "mean over replicas",
+            xlabel="score over the lowest of all methods",
+            ylabel="part of the runs",
+            ylim=(0, 1),
+        )
+        ax.legend()
+    return figure
+
+
+def draw_curves(cells: Cells, names: Sequence[str], optimizer: str = "Adam") -> Any:
+    """Loss curves: geometric mean over seeds, bands from the least to the most."""
+    import matplotlib.pyplot as plt
+
+    shown = [n for n in names if (n, optimizer, "pranam") in cells]
+    columns = min(len(shown), 3) or 1
+    rows = -(-len(shown) // columns) or 1
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4 * columns, 3 * rows), layout="constrained"
+    )
+    for ax, name in zip(np.ravel(axes), shown, strict=False):
+        for method in METHODS:
+            cell = cells.get((name, optimizer, method))
+            if cell is None:
+                continue
+            x = np.linspace(0, 1, cell.means.shape[1])
+            logs = log_floored(cell.means, 1e-12)
+            color = COLORS[method]
+            ax.semilogy(x, 10 ** logs.mean(axis=0), color=color, label=method)
+            low, high = 10 ** logs.min(axis=0), 10 ** logs.max(axis=0)
+            ax.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+        ax.set(title=f"{name}, {optimizer}", xlabel="part of the run")
+    np.ravel(axes)[0].legend(fontsize="small")
+    np.ravel(axes)[0].set_ylabel("loss, mean over replicas")
+    return figure
+
+
+def draw_landscape(num_steps: int = 400) -> Any:
+    """The paths of 32 replicas over Schwefel's and Rastrigin's functions in 2-D."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 9), layout="constrained")
+    for row, base in zip(
+        axes,
+        (problems.bound(problems.schwefel(2)), problems.rastrigin(2)),
+        strict=True,
+    ):
+        problem = problems.randomize(base, 1)
+        half = float(problem.high[0] - problem.low[0]) / 2
+        start = pranam_optax.replicate(problem.init, 2, 32)
+        grid = np.linspace(problem.low[0], problem.high[0], 200)
+        height = jax.vmap(jax.vmap(problem.fun))(
+            jnp.stack(jnp.meshgrid(grid, grid), axis=-1)
+        )
+        grad_fn = pranam_optax.replica_value_and_grad(problem.fun)
+        # Two codes would express any two weights: one code filters.
+        link = pranam_optax.pranam(
+            pranam_optax.mlp_embedding((1,)),
+            coupling=optax.linear_schedule(1.0, 0.0, num_steps),
+        )
+        for ax, (title, first) in zip(
+            row, {"Adam": optax.identity(), "pranam + Adam": link}.items(), strict=True
+        ):
+            adam = optax.adam(optax.cosine_decay_schedule(0.1 * half, num_steps))
+            tx = optax.chain(first, adam)
+
+            def step(carry: Any, _: None, tx: Any = tx, grad_fn: Any = grad_fn) -> Any:
+                params, state = carry
+                _, grads = grad_fn(params)
+                updates, state = tx.update(grads, state, params)
+                return (optax.apply_updates(params, updates), state), params
+
+            (end, _), paths = jax.lax.scan(
+                step, (start, tx.init(start)), None, num_steps
+            )
+            # Pixels in the SVG too, which would have millions of points otherwise.
+            ax.set_rasterization_zorder(2.5)
+            ax.contourf(grid, grid, height, levels=30, cmap="Greys_r", zorder=0)
+            ax.plot(paths[..., 0], paths[..., 1], lw=0.8)
+            ax.plot(*end.T, "o", color="tab:red", ms=4)
+            ax.plot(*problem.minimizer, "*", color="gold", ms=14)
+            gap = jax.vmap(problem.fun)(end).mean() - problem.minimum
+            ax.set(
+                title=f"{title}: mean {gap:.2g}",
+                xlim=(grid[0], grid[-1]),
+                ylim=(grid[0], grid[-1]),
+                aspect="equal",
+            )
+    return figure
+
+
+CURVES = (
+    "Schwefel 30 rotated",
+    "Rastrigin 30 rotated",
+    "Levy 30 rotated",
+    "tanh 4-5-1",
+    "relu 5-6-6-1",
+    "MNIST 10-10",
+)
+
+
+def write(cells: Cells, folder: Path, landscape_steps: int = 400) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "study"
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "profiles": draw_profiles(cells),
+        "curves": draw_curves(cells, CURVES),
+        "landscape": draw_landscape(landscape_steps),
+    }
+    for name, figure in figures.items():
+        for suffix in ("png", "svg"):
+            # No date, so that the same results make the same file.
+            figure.savefig(
+                folder / f"study_{name}.{suffix}",
+                dpi=100,
+                metadata={"Date": None} if suffix == "svg" else None,
+            )
+    titles = {
+        "multimodal": "Multimodal functions",
+        "unimodal": "Unimodal functions",
+        "model": "Models",
+    }
+    sections = {
+        "targets": target_table(cells),
+        "verdicts": verdict_table(
+            cells, "pranam", ("independent", "normalised", "to the mean", "no sharing")
+        ),
+        "gains": gain_table(cells, "pranam"),
+        "peers": peer_table(cells),
+        "accuracy": accuracy_table(cells),
+        "won and lost": verdict_lists(cells, "pranam", "independent"),
+        **{title: cell_table(cells, kind) for kind, title in titles.items()},
+    }
+    page = folder / "study.md"
+    text = page.read_text() if page.exists() else "# The study\n"
+    page.write_text(fill(text, sections))
+    print(f"wrote {page} and {len(figures)} figures")
+
+
+def fill(text: str, sections: dict[str, str]) -> str:
+    """Puts each table between its markers; those without any go to the end."""
+    for name, table in sections.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        block = f"{begin}\n\n{table}\n\n{end}"
+        if begin in text:
+            head, _, rest = text.partition(begin)
+            text = head + block + rest.partition(end)[2]
+        else:
+            text = f"{text.rstrip()}\n\n## {name.capitalize()}\n\n{block}\n"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("docs"))
+    parser.add_argument("--quick", action="store_true", help="invented results")
+    args = parser.parse_args()
+    if args.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            write(read(invented()), Path(folder), landscape_steps=5)
+        return
+    results = {}
+    for path in args.results:
+        results.update(json.loads(path.read_text()))
+    write(read(results), args.output)
+
+
+def invented() -> dict[str, Any]:
+    """Results in which pranam is ten times better, to try the code."""
+    rng = np.random.default_rng(0)
+    results = {}
+    for kind, problem in (("multimodal", "Ackley 30"), ("model", "tanh 4-5-1")):
+        for method in METHODS[:3]:
+            level = 0.1 if method == "pranam" else 1.0
+            results[f"{problem} | Adam | {method}"] = {
+                "scores": (level * rng.uniform(0.9, 1.1, (5, 4))).tolist(),
+                "means": (level * rng.uniform(0.9, 1.1, (5, 6))).tolist(),
+                "rate": 0.1,
+                "kind": kind,
+                "solved": 0.1,
+            }
+    results["Ackley 30 | - | CMA-ES"] = {
+        "scores": [[0.5]] * 5,
+        "kind": "multimodal",
+        "solved": 0.1,
+    }
+    return results
+
+
+if __name__ == "__main__":
+    main()

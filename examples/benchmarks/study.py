@@ -1,0 +1,340 @@
+"""The study: pranam and other methods on many problems, at equal evaluations.
+
+    python examples/benchmarks/study.py --full            # goes on where it stopped
+    python examples/benchmarks/study.py --quick
+    python examples/benchmarks/study.py --problems "* 30 rotated" --optimizers Adam
+    python examples/benchmarks/report.py study.json       # tables and figures
+
+Every method gets the same problems (a random instance per seed), the same initial
+replicas and batches, the same number of gradient evaluations, and the best learning
+rate of one grid, chosen on other seeds than those that are reported. A cell is one
+problem, base optimizer and method; finished ones are kept in the output file.
+"""
+
+import argparse
+import fnmatch
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from blackbox import PEERS, run_peer
+from methods import METHODS, OPTIMIZERS, PRESETS, rate_unit
+from stats import geometric_mean
+from tasks import Task, make_tasks
+from tqdm import tqdm
+
+import pranam_optax
+
+ALL = {**METHODS, **PRESETS}
+
+Results = dict[str, dict[str, Any]]
+
+# Peers run one evaluation at a time: on the first of the reported seeds only.
+PEER_SEEDS = 3
+
+RATES = tuple(float(f"{10**k:.3g}") for k in np.arange(-2.5, 1.5, 0.5))
+
+
+class Setting(NamedTuple):
+    """What all cells share.
+
+    Attributes:
+      rates: learning rates, in the units of `methods.rate_unit`.
+      num_points: of the loss curves.
+      num_steps: if given, in place of the task's own.
+      optimization_level: of the compiler. What takes most of the time of a small
+        problem is compilation, and 1 saves a part of it at no cost.
+    """
+
+    rates: tuple[float, ...] = RATES
+    tuning_seeds: range = range(5)
+    report_seeds: range = range(100, 110)
+    num_points: int = 40
+    num_steps: int | None = None
+    optimization_level: int = 1
+
+
+QUICK = Setting(
+    rates=(0.1, 1.0),
+    tuning_seeds=range(2),
+    report_seeds=range(100, 102),
+    num_points=5,
+    num_steps=20,
+    optimization_level=0,
+)
+QUICK_PROBLEMS = ("Ackley 10 rotated", "tanh 4-5-1")
+QUICK_METHODS = (*METHODS, "multi-start L-BFGS", "consensus")
+
+
+class Start(NamedTuple):
+    """What all methods share in a run."""
+
+    problem: Any
+    params: Any
+    batches: jax.Array
+
+
+class Outcome(NamedTuple):
+    """Of one run.
+
+    Attributes:
+      scores: of every replica, `[R]`.
+      accuracies: of every replica on test data, `[R]`; NaN where there is none.
+      means: loss above the minimum over the run, mean over replicas, `[num_points]`.
+      bests: the same of the best replica.
+    """
+
+    scores: Any
+    accuracies: Any
+    means: Any
+    bests: Any
+
+
+def make_starts(task: Task, seeds: Sequence[int]) -> Start:
+    """The starts for these seeds, stacked."""
+
+    def start(key: jax.Array) -> Start:
+        problem_key, replica_key, batch_key = jax.random.split(key, 3)
+        return Start(
+            task.draw(problem_key),
+            pranam_optax.replicate(task.init, replica_key, task.num_replicas),
+            jax.random.split(batch_key, task.num_steps),
+        )
+
+    # It runs once: what takes time is the compilation of the random numbers.
+    draw = jax.jit(jax.vmap(start), compiler_options=compiler_options(0))
+    return draw(jax.vmap(jax.random.key)(jnp.array(seeds)))
+
+
+def compiler_options(optimization_level: int) -> dict[str, Any]:
+    return {
+        "xla_backend_optimization_level": optimization_level,
+        "xla_llvm_disable_expensive_passes": optimization_level == 0,
+    }
+
+
+def pick(starts: Start, seeds: Any) -> Start:
+    return jax.tree.map(lambda x: x[seeds], starts)
+
+
+def make_run(
+    task: Task, method: str, optimizer: str, num_points: int
+) -> Callable[[Any, Start, jax.Array], Outcome]:
+    """A training run: (data, start, learning rate) to its outcome."""
+
+    def run(data: Any, start: Start, rate: jax.Array) -> Outcome:
+        grad_fn = pranam_optax.replica_value_and_grad(
+            lambda params, key: task.loss(data, start.problem, params, key)
+        )
+        first = grad_fn(start.params, start.batches[0])[1]
+        unit = rate_unit(method, optimizer, start.params, first)
+        schedule = optax.cosine_decay_schedule(rate * unit, task.num_steps)
+        inner = OPTIMIZERS[optimizer](schedule)
+        tx = optax.with_extra_args_support(ALL[method](inner, task.num_steps))
+
+        def step(carry: Any, key: jax.Array) -> Any:
+            params, state = carry
+            values, grads = grad_fn(params, key)
+            updates, state = tx.update(grads, state, params, values=values)
+            level = values - task.minimum
+            return (
+                (optax.apply_updates(params, updates), state),
+                (level.mean(), level.min()),
+            )
+
+        carry = start.params, tx.init(start.params)
+        (params, _), curves = jax.lax.scan(step, carry, start.batches)
+        points = np.linspace(0, task.num_steps - 1, num_points).round().astype(int)
+        means, bests = (curve[points] for curve in curves)
+        evaluate = partial(jax.lax.map, xs=params, batch_size=task.num_replicas)
+        scores = evaluate(partial(task.score, data, start.problem))
+        if task.accuracy is None:
+            accuracies = jnp.full_like(scores, jnp.nan)
+        else:
+            accuracies = evaluate(partial(task.accuracy, data, start.problem))
+        return Outcome(scores, accuracies, means, bests)
+
+    return run
+
+
+def run_all(
+    program: Callable[..., Outcome],
+    task: Task,
+    starts: Start,
+    rates: Sequence[float],
+    chunk: int,
+) -> Outcome:
+    """All rates on all starts, in chunks of one size: `[rate, seed, ...]`."""
+    num_seeds = len(starts.batches)
+    pairs = [(rate, seed) for rate in rates for seed in range(num_seeds)]
+    padded = pairs + pairs[:1] * (-len(pairs) % chunk)
+    outcomes = []
+    for i in range(0, len(padded), chunk):
+        rate, seed = zip(*padded[i : i + chunk], strict=True)
+        start = pick(starts, np.array(seed))
+        outcomes.append(program(task.data, start, jnp.array(rate)))
+
+    def join(*parts: jax.Array) -> np.ndarray:
+        whole = np.concatenate([np.asarray(x) for x in parts])[: len(pairs)]
+        return whole.reshape(len(rates), num_seeds, *whole.shape[1:])
+
+    return Outcome(*map(join, *outcomes))
+
+
+def short(values: np.ndarray) -> Any:
+    """Nested lists with 4 digits."""
+    return np.vectorize(lambda x: float(f"{x:.4g}"))(values).tolist()
+
+
+def compare(
+    task: Task,
+    method: str,
+    optimizer: str,
+    starts: Start,
+    num_tuning: int,
+    setting: Setting,
+) -> dict[str, Any]:
+    """Tunes the learning rate on the first starts and runs the others with it."""
+    tuning, report = (
+        pick(starts, slice(num_tuning)),
+        pick(starts, slice(num_tuning, None)),
+    )
+    chunk = min(task.num_runs, len(report.batches))
+    run = make_run(task, method, optimizer, setting.num_points)
+    program = jax.jit(
+        jax.vmap(run, in_axes=(None, 0, 0)),
+        compiler_options=compiler_options(setting.optimization_level),
+    )
+    tuned = run_all(program, task, tuning, setting.rates, chunk)
+    levels = geometric_mean(tuned.scores.mean(axis=-1), task.floor)
+    best = int(np.argmin(levels))
+    reported = run_all(program, task, report, setting.rates[best : best + 1], chunk)
+    outcome = {name: short(x[0]) for name, x in reported._asdict().items()}
+    if task.accuracy is None:
+        del outcome["accuracies"]
+    return {
+        "rate": setting.rates[best],
+        "at_edge": best in (0, len(setting.rates) - 1),
+        "tuning": short(levels),
+        **outcome,
+    }
+
+
+def save(path: Path, results: Results) -> None:
+    """Renamed when whole, so that a killed study leaves no broken file."""
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(json.dumps(results))
+    partial_path.rename(path)
+
+
+def select(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    return [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
+
+
+def cells(
+    problems: Sequence[str], optimizers: Sequence[str], methods: Sequence[str]
+) -> Iterator[tuple[str, str, str]]:
+    """Problem, optimizer and method of each cell; peers have no optimizer."""
+    for problem in problems:
+        for optimizer in optimizers:
+            for method in methods:
+                if method in ALL:
+                    yield problem, optimizer, method
+        for method in methods:
+            if method in PEERS:
+                yield problem, "-", method
+
+
+def study(
+    makers: dict[str, Callable[[], Task]],
+    optimizers: Sequence[str],
+    methods: Sequence[str],
+    setting: Setting,
+    output: Path,
+) -> Results:
+    """Computes the cells that the output file does not hold yet."""
+    results: Results = json.loads(output.read_text()) if output.exists() else {}
+    plan = list(cells(list(makers), optimizers, methods))
+    current, task, starts = "", None, None
+    with tqdm(plan, unit="cell") as progress:
+        for problem, optimizer, method in progress:
+            name = " | ".join((problem, optimizer, method))
+            progress.set_description(name)
+            if name in results:
+                continue
+            if problem != current:
+                current, task, starts = problem, makers[problem](), None
+                if setting.num_steps:
+                    task = task._replace(num_steps=setting.num_steps)
+            assert task is not None
+            if method in PEERS and task.box is None:
+                continue
+            tuning_seeds = setting.tuning_seeds[: task.max_seeds[0]]
+            report_seeds = setting.report_seeds[: task.max_seeds[1]]
+            if starts is None:
+                starts = make_starts(task, [*tuning_seeds, *report_seeds])
+            num_tuning = len(tuning_seeds)
+            if method in PEERS:
+                report = pick(starts, slice(num_tuning, num_tuning + PEER_SEEDS))
+                results[name] = run_peer(task, method, report.problem)
+            else:
+                results[name] = compare(
+                    task, method, optimizer, starts, num_tuning, setting
+                )
+            results[name] |= {"kind": task.kind, "solved": task.solved}
+            save(output, results)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--problems", nargs="*", metavar="NAME", help="names or globs")
+    parser.add_argument("--optimizers", nargs="*", metavar="NAME", default=["Adam"])
+    parser.add_argument("--methods", nargs="*", metavar="NAME", help="names or globs")
+    parser.add_argument("--output", type=Path, help="default study.json")
+    parser.add_argument("--data-dir", type=Path, help="folder with the data files")
+    parser.add_argument("--report-seeds", type=int, default=10)
+    parser.add_argument("--quick", action="store_true", help="two small problems")
+    parser.add_argument("--full", action="store_true", help="all optimizers and peers")
+    parser.add_argument("--list", action="store_true", help="list the names and stop")
+    args = parser.parse_args()
+
+    makers = make_tasks(args.data_dir)
+    if args.list:
+        for title, names in (
+            ("problems", makers),
+            ("optimizers", OPTIMIZERS),
+            ("methods", {**ALL, **PEERS}),
+        ):
+            print(f"{title}: {', '.join(names)}")
+        return
+    if args.full:
+        args.optimizers, args.methods = ["*"], [*METHODS, *PEERS]
+    methods = args.methods or (QUICK_METHODS if args.quick else list(METHODS))
+    problems = args.problems or (QUICK_PROBLEMS if args.quick else ["*"])
+    # Apart, so that no cell of a quick study passes for a finished one.
+    output = args.output or Path("study_quick.json" if args.quick else "study.json")
+    setting = QUICK if args.quick else Setting()
+    if not args.quick:
+        setting = setting._replace(report_seeds=range(100, 100 + args.report_seeds))
+    results = study(
+        {name: makers[name] for name in select(list(makers), problems)},
+        select(list(OPTIMIZERS), args.optimizers),
+        select([*ALL, *PEERS], methods),
+        setting,
+        output,
+    )
+    edges = [name for name, cell in results.items() if cell.get("at_edge")]
+    print(f"{len(results)} cells in {output}; tables: report.py {output}")
+    if edges and not args.quick:
+        print("best rate at the edge of the grid:", "; ".join(edges))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""The problems of the study: families of random instances, and how they are trained."""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pranam_optax import problems
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import potential_energy
+from flax_mnist import load_mnist
+
+Arrays = Any
+
+
+class Task(NamedTuple):
+    """A family of random problems.
+
+    Attributes:
+      kind: "multimodal", "unimodal" or "model".
+      draw: draws the arrays that define a problem, such as its rotation, from a key.
+      init: draws the params of one replica from a key.
+      loss: `loss(data, problem, params, key)` of one replica; the key draws a
+        mini-batch, where there is one.
+      score: `score(data, problem, params)`, what is reported of one replica: the loss
+        over all data, or the height above the known minimum.
+      solved: a replica with a lower score has solved the problem.
+      floor: scores below it count as equal.
+      minimum: of the loss.
+      data: arrays that all instances share, such as images.
+      accuracy: `accuracy(data, problem, params)` on test data, where there is any.
+      max_seeds: how many seeds to tune on and to report at most.
+      num_runs: how many runs are computed side by side.
+      box: the box to search, for methods that need one.
+    """
+
+    kind: str
+    draw: Callable[[jax.Array], Arrays]
+    init: Callable[[jax.Array], Any]
+    loss: Callable[[Any, Arrays, Any, jax.Array], jax.Array]
+    score: Callable[[Any, Arrays, Any], jax.Array]
+    num_replicas: int
+    num_steps: int
+    solved: float
+    floor: float
+    minimum: float = 0.0
+    data: Any = ()
+    accuracy: Callable[[Any, Arrays, Any], jax.Array] | None = None
+    max_seeds: tuple[int, int] = (5, 10)
+    num_runs: int = 16
+    box: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def ellipsoid(dim: int) -> problems.Problem:
+    """An ill-conditioned quadratic: condition number 10,000; minimum 0 at 0."""
+    weights = jnp.logspace(0, 4, dim)
+    corner = jnp.full(dim, 5.0)
+    return problems.Problem(
+        lambda x: jnp.sum(weights * x**2), -corner, corner, jnp.zeros(dim), 0.0
+    )
+
+
+FUNCTIONS: dict[str, Callable[[int], problems.Problem]] = {
+    "Schwefel": lambda dim: problems.bound(problems.schwefel(dim)),
+    "Ackley": problems.ackley,
+    "Rastrigin": problems.rastrigin,
+    "Levy": problems.levy,
+    "Griewank": problems.griewank,
+    "Styblinski-Tang": problems.styblinski_tang,
+    "Michalewicz": lambda dim: problems.bound(problems.michalewicz(dim)),
+    "Rosenbrock": problems.rosenbrock,
+    "sphere": problems.sphere,
+    "ellipsoid": ellipsoid,
+}
+UNIMODAL = ("Rosenbrock", "sphere", "ellipsoid")
+# A replica within this distance of the minimum has solved the problem: below the
+# next minimum of each function.
+SOLVED = {"Griewank": 1e-3, "Rosenbrock": 1e-3, "sphere": 1e-3, "ellipsoid": 1e-3}
+
+
+def function(name: str, dim: int, rotated: bool, num_steps: int = 1000) -> Task:
+    """Flipped and shifted (to the middle 40 % of the box) at random; or rotated too."""
+    problem = FUNCTIONS[name](dim)
+
+    def draw(key: jax.Array) -> Arrays:
+        keys = jax.random.split(key, 3)
+        signs = jax.random.rademacher(keys[0], (dim,), float)
+        place = jax.random.uniform(keys[1], (dim,), float, 0.3, 0.7)
+        rotation = jax.random.orthogonal(keys[2], dim) if rotated else None
+        return signs, place, rotation
+
+    def make(arrays: Arrays) -> problems.Problem:
+        signs, place, rotation = arrays
+        flipped = problems.flip(problem, signs)
+        minimizer = problem.low + place * (problem.high - problem.low)
+        shifted = problems.shift(flipped, minimizer - flipped.minimizer)
+        return shifted if rotation is None else problems.rotate(shifted, rotation)
+
+    return Task(
+        "unimodal" if name in UNIMODAL else "multimodal",
+        draw,
+        problem.init,
+        lambda data, arrays, x, key: make(arrays).fun(x),
+        lambda data, arrays, x: make(arrays).fun(x) - problem.minimum,
+        num_replicas=64,
+        num_steps=num_steps,
+        solved=SOLVED.get(name, 0.1),
+        floor=1e-3,
+        minimum=problem.minimum,
+        max_seeds=(5, 10) if dim < 1000 else (1, 5),
+        num_runs=max(1, 32 * 30 // dim),
+        box=(np.asarray(problem.low), np.asarray(problem.high)),
+    )
+
+
+def regression(
+    make: Callable[[int | jax.Array], problems.Regression],
+    predict: Callable[[Any, jax.Array], jax.Array],
+    num_steps: int = 1000,
+) -> Task:
+    """A random model to recover from its output: an instance per seed.
+
+    `predict(params, x.T)` is the model once more, with the points on the last axis,
+    which is faster on a CPU.
+    """
+
+    def draw(key: jax.Array) -> Arrays:
+        drawn = make(key)
+        return drawn.x.T, drawn.y
+
+    def loss(data: Any, arrays: Arrays, params: Any) -> jax.Array:
+        return jnp.mean((predict(params, arrays[0]) - arrays[1]) ** 2)
+
+    return Task(
+        "model",
+        draw,
+        make(0).init,
+        lambda data, arrays, params, key: loss(data, arrays, params),
+        loss,
+        num_replicas=32,
+        num_steps=num_steps,
+        solved=1e-4,
+        floor=1e-10,
+    )
+
+
+def polynomial(params: jax.Array, x: jax.Array) -> jax.Array:
+    """Sum of products of linear forms; see `problems.polynomial_fit`."""
+    forms = params[..., :-1] @ x + params[..., -1:]
+    factors = [forms[:, k] for k in range(forms.shape[1])]
+    return jnp.sum(reduce(jnp.multiply, factors), axis=0)
+
+
+def network(
+    activation: Callable[[jax.Array], jax.Array], params: Any, x: jax.Array
+) -> jax.Array:
+    """A dense network; see `problems.teacher_network`."""
+    *hidden, last = params
+    for layer in hidden:
+        x = activation(layer["w"].T @ x + layer["b"][:, None])
+    return (last["w"].T @ x)[0] + last["b"]
+
+
+def teacher(
+    features: Sequence[int],
+    activation: Callable[[jax.Array], jax.Array],
+    num_steps: int = 1000,
+) -> Task:
+    make = partial(problems.teacher_network, features=features, activation=activation)
+    return regression(make, partial(network, activation), num_steps)
+
+
+def mnist(
+    hidden: Sequence[int] = (10, 10),
+    num_steps: int = 500,
+    data_dir: Path | None = None,
+) -> Task:
+    """A dense relu network, in mini-batches of 128."""
+    sizes = (784, *hidden, 10)
+
+    def init(key: jax.Array) -> list[dict[str, jax.Array]]:
+        return [
+            {
+                "w": jax.nn.initializers.lecun_normal()(k, (n, m)),
+                "b": jnp.zeros(m),
+            }
+            for k, n, m in zip(
+                jax.random.split(key, len(sizes) - 1), sizes, sizes[1:], strict=False
+            )
+        ]
+
+    def logits(params: Any, x: jax.Array) -> jax.Array:
+        *layers, last = params
+        for layer in layers:
+            x = jax.nn.relu(x @ layer["w"] + layer["b"][None])
+        return x @ last["w"] + last["b"][None]
+
+    def mean_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, x), y
+        ).mean()
+
+    def batch_loss(data: Any, _: Arrays, params: Any, key: jax.Array) -> jax.Array:
+        batch = jax.random.randint(key, (128,), 0, len(data.train_x))
+        return mean_loss(params, data.train_x[batch], data.train_y[batch])
+
+    def accuracy(data: Any, _: Arrays, params: Any) -> jax.Array:
+        return jnp.mean(logits(params, data.test_x).argmax(axis=-1) == data.test_y)
+
+    return Task(
+        "model",
+        lambda key: (),
+        init,
+        batch_loss,
+        lambda data, _, params: mean_loss(params, data.train_x, data.train_y),
+        num_replicas=16,
+        num_steps=num_steps,
+        solved=0.2,
+        floor=1e-10,
+        data=load_mnist(data_dir),
+        accuracy=accuracy,
+        max_seeds=(1, 5),
+        num_runs=1,
+    )
+
+
+def potential(name: str, num_steps: int = 1000, data_dir: Path | None = None) -> Task:
+    """Energies of H2+ or H2O: mean squared error, in units of the variance.
+
+    The parameters are scaled to [-1, 1] over the box of the fit.
+    """
+    fit = potential_energy.load(data_dir)[name]
+    center, half = (fit.low + fit.high) / 2, (fit.high - fit.low) / 2
+    data = jnp.asarray(fit.x), jnp.asarray(fit.y)
+    variance = float(np.var(np.asarray(fit.y)))
+
+    def loss(data: Any, _: Arrays, z: jax.Array) -> jax.Array:
+        x, y = data
+        error = fit.model(center + half * jnp.sin(z), x) - y
+        return jnp.mean(error**2) / variance
+
+    return Task(
+        "model",
+        lambda key: (),
+        lambda key: jax.random.uniform(key, center.shape, float, -1.0, 1.0),
+        lambda data, arrays, z, key: loss(data, arrays, z),
+        loss,
+        num_replicas=64,
+        num_steps=num_steps,
+        solved=1e-3,
+        floor=1e-10,
+        data=data,
+    )
+
+
+def make_tasks(data_dir: Path | None = None) -> dict[str, Callable[[], Task]]:
+    """All problems of the study by name, made when they are called."""
+    tasks: dict[str, Callable[[], Task]] = {}
+    for dim in (10, 30, 100, 1000):
+        for name in FUNCTIONS:
+            if dim < 1000 or name in ("Schwefel", "Ackley", "Rastrigin"):
+                tasks[f"{name} {dim}"] = partial(function, name, dim, False)
+            if dim < 1000:
+                tasks[f"{name} {dim} rotated"] = partial(function, name, dim, True)
+    tasks["polynomial"] = partial(regression, problems.polynomial_fit, polynomial)
+    for features in ((4, 5, 1), (5, 6, 6, 1), (8, 16, 1)):
+        sizes = "-".join(map(str, features))
+        tasks[f"tanh {sizes}"] = partial(teacher, features, jnp.tanh)
+        tasks[f"relu {sizes}"] = partial(teacher, features, jax.nn.relu)
+    tasks["MNIST 10-10"] = partial(mnist, (10, 10), data_dir=data_dir)
+    tasks["MNIST 20-20"] = partial(mnist, (20, 20), data_dir=data_dir)
+    for name in ("H2+, 3 Gaussians", "H2O, Morse and bend", "H2O, 3-4-1 network"):
+        tasks[name] = partial(potential, name, data_dir=data_dir)
+    return tasks

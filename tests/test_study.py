@@ -1,0 +1,227 @@
+"""The study's statistics, its bookkeeping, and one tiny cell of it."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+
+import pranam_optax
+from pranam_optax import problems
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "benchmarks")]
+
+import blackbox  # noqa: E402
+import methods  # noqa: E402
+import report  # noqa: E402
+import stats  # noqa: E402
+import study  # noqa: E402
+import tasks  # noqa: E402
+import variants  # noqa: E402
+
+TINY = study.Setting(
+    rates=(0.1, 0.3, 1.0),
+    tuning_seeds=range(2),
+    report_seeds=range(10, 13),
+    num_points=3,
+    num_steps=4,
+    optimization_level=0,
+)
+
+
+def test_holm_agrees_with_a_hand_computation():
+    # Sorted .005 * 4, .01 * 3, .03 * 2, .04 * 1, none below the one before it.
+    adjusted = stats.holm([0.01, 0.04, 0.03, 0.005])
+    np.testing.assert_allclose(adjusted, [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(stats.holm([0.4, 0.9]), [0.8, 0.9])
+    np.testing.assert_allclose(stats.holm([0.7, 0.9]), [1.0, 1.0])
+
+
+def test_bootstrap_interval_is_that_of_the_normal_for_many_seeds():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    low, high = stats.bootstrap_interval(values)
+    half = 1.96 * values.std() / 20
+    mean = values.mean()
+    np.testing.assert_allclose([low, high], [mean - half, mean + half], atol=0.02)
+    assert stats.bootstrap_interval(np.full(5, 2.0)) == (2.0, 2.0)
+
+
+def test_paired_test_compares_logarithms():
+    ours, theirs = np.array([1e-9, 0.2, 3.0, 40.0]), np.array([1e-7, 0.7, 5.0, 50.0])
+    floored = np.log10(np.maximum([ours, theirs], 1e-3))
+    expected = scipy.stats.ttest_rel(*floored).pvalue
+    assert stats.paired_p(ours, theirs, 1e-3) == pytest.approx(expected)
+    assert stats.paired_p(ours, ours, 1e-3) == 1.0
+    assert stats.paired_p(ours[1:], 10 * ours[1:], 1e-3) == 0.0
+    assert 0 < stats.paired_p(ours, np.array([1.0, 2.0, 3.0, np.nan]), 1e-3) < 1
+    assert stats.geometric_mean(np.array([1e-9, 1e-1]), 1e-3) == pytest.approx(1e-2)
+
+
+def test_profile_counts_the_runs_within_a_factor_of_the_best():
+    ratios = np.array([1.0, 1.0, 3.0, 1e9])
+    np.testing.assert_array_equal(
+        stats.profile(ratios, np.array([1.0, 2.0, 10.0])), [0.5, 0.5, 0.75]
+    )
+
+
+def tiny_task():
+    """A parabola somewhere: quick to compile."""
+    return tasks.Task(
+        "unimodal",
+        lambda key: jax.random.uniform(key, (2,)),
+        lambda key: jax.random.normal(key, (2,)),
+        lambda data, place, x, key: jnp.sum((x - place) ** 2),
+        lambda data, place, x: jnp.sum((x - place) ** 2),
+        num_replicas=4,
+        num_steps=4,
+        solved=1e-3,
+        floor=1e-3,
+        box=(np.full(2, -5.0), np.full(2, 5.0)),
+    )
+
+
+def test_interrupted_study_ends_with_the_same_file(tmp_path, optax_promotion):
+    whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
+    names = ["independent", "normalised"]
+    results = study.study({"parabola": tiny_task}, ["SGD"], names, TINY, whole)
+    study.study({"parabola": tiny_task}, ["SGD"], names[:1], TINY, parts)
+    study.study({"parabola": tiny_task}, ["SGD"], names, TINY, parts)
+    assert whole.read_text() == parts.read_text()
+    assert json.loads(whole.read_text()) == results
+    assert list(results) == [f"parabola | SGD | {name}" for name in names]
+
+    cell = results["parabola | SGD | independent"]
+    assert np.shape(cell["scores"]) == (3, 4)
+    assert np.shape(cell["means"]) == (3, 3)
+    assert cell["rate"] == TINY.rates[int(np.argmin(cell["tuning"]))]
+    assert cell["kind"] == "unimodal"
+    # Descent on a sphere: the curve falls, and ends above the last score.
+    means = np.array(cell["means"])
+    assert np.all(np.diff(means) < 0)
+    assert np.all(np.mean(cell["scores"], axis=1) < means[:, -1])
+    # All methods start from the same replicas.
+    other = np.array(results["parabola | SGD | normalised"]["means"])
+    np.testing.assert_array_equal(other[:, 0], means[:, 0])
+
+
+def test_cell_is_a_training_run(optax_promotion):
+    """The scores of a cell are those of momentum written out."""
+    task = tiny_task()
+    start = study.pick(study.make_starts(task, [0, 5]), 1)
+    run = jax.jit(study.make_run(task, "normalised", "momentum", 4))
+    outcome = run((), start, 0.1)
+
+    x, place = np.asarray(start.params), np.asarray(start.problem)
+    unit, velocity, means = np.sqrt(np.mean((x - x.mean(axis=0)) ** 2)), 0.0, []
+    for i in range(4):
+        means.append(np.mean(np.sum((x - place) ** 2, axis=1)))
+        gradient = 2 * (x - place)
+        velocity = 0.9 * velocity + gradient / np.sqrt(np.mean(gradient**2))
+        x = x - 0.1 * unit * 0.5 * (1 + np.cos(np.pi * i / 4)) * velocity
+    scores = np.sum((x - place) ** 2, axis=1)
+    np.testing.assert_allclose(outcome.scores, scores, rtol=1e-4)
+    np.testing.assert_allclose(outcome.means, means, rtol=1e-4)
+
+
+def test_normalised_control_is_pranam_without_coupling():
+    params, grads = jax.random.normal(jax.random.key(0), (2, 4, 3))
+    link = pranam_optax.pranam(coupling=0.0)
+    expected, _ = jax.jit(link.update)(grads, link.init(params), params)
+    updates, _ = methods.normalize().update(grads, optax.EmptyState(), params)
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
+def test_lookahead_is_that_of_optax(optax_promotion):
+    ours, theirs = (
+        methods.lookahead(optax.adam(0.1), 3),
+        optax.lookahead(optax.adam(0.1), sync_period=3, slow_step_size=0.5),
+    )
+    params = jnp.array([1.0, -2.0])
+    both = optax.LookaheadParams.init_synced(params)
+    state, their_state = ours.init(params), theirs.init(both)
+    for _ in range(7):
+        updates, state = ours.update(2 * params, state, params)
+        params = optax.apply_updates(params, updates)
+        updates, their_state = theirs.update(2 * both.fast, their_state, both)
+        both = optax.apply_updates(both, updates)
+    np.testing.assert_allclose(params, both.fast, rtol=1e-5)
+
+
+def test_tasks_have_the_losses_of_the_problems():
+    key = jax.random.key(3)
+    for fit, predict in (
+        (problems.polynomial_fit(key), tasks.polynomial),
+        (problems.teacher_network(key), lambda p, x: tasks.network(jnp.tanh, p, x)),
+    ):
+        params = fit.init(jax.random.key(4))
+        expected = fit.predict(params, fit.x)
+        np.testing.assert_allclose(predict(params, fit.x.T), expected, rtol=1e-4)
+
+
+def test_prototype_of_the_notebook_makes_the_step_of_pranam(optax_promotion):
+    params = jax.random.normal(jax.random.key(0), (8, 6))
+    grads = jax.random.normal(jax.random.key(1), (8, 6))
+    link = pranam_optax.pranam(coupling=0.7)
+    expected, _ = link.update(grads, link.init(params), params)
+    knobs = jax.tree.map(jnp.asarray, variants.Knobs(start=0.7))
+
+    @jax.jit
+    def update(knobs):
+        phi, values = variants.fit(params, knobs.width), jnp.arange(8.0)
+        leaves, time = np.zeros(6, int), jnp.zeros([])
+        return variants.update(knobs, leaves, time, phi, params, grads, values)[1]
+
+    updates = update(knobs)
+    np.testing.assert_allclose(updates, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_peers_stop_when_the_evaluations_are_spent():
+    for gradient_cost in (1, 2):
+        counter = blackbox.Counter(lambda u: jnp.sum((u - 0.3) ** 2), 20, gradient_cost)
+        with pytest.raises(blackbox.BudgetSpentError):
+            for _ in range(21):
+                counter.value_and_grad(np.array([0.4, 0.5]))
+        assert counter._left == 0
+        assert counter.best == pytest.approx(0.05)
+    counter = blackbox.Counter(lambda u: jnp.sum(u**2), 3, 1)
+    counter.value(np.array([0.5]))
+    counter.grad(np.array([0.5]))  # the value there is known: nothing more to pay
+    assert counter._left == 2
+    with pytest.raises(blackbox.BudgetSpentError):  # two of three are paid for
+        counter.values(np.array([[0.4], [0.3], [0.1]]))
+    assert counter.best == pytest.approx(0.09)
+
+
+def test_peer_gets_near_the_minimum():
+    task = tiny_task()
+    instances = study.make_starts(task, [0, 1]).problem
+    cell = blackbox.run_peer(task, "multi-start L-BFGS", instances)
+    assert cell["budget"] == 4 * 4
+    assert np.shape(cell["scores"]) == (2, 1)
+    assert np.max(cell["scores"]) < 1e-5
+
+
+def test_report_tells_won_from_lost_cells():
+    cells = report.read(report.invented())
+    won = report.compare(cells, "pranam", "independent", "mean")
+    lost = report.compare(cells, "independent", "pranam", "mean")
+    assert [c.verdict for c in won] == ["better", "better"]
+    assert [c.verdict for c in lost] == ["worse", "worse"]
+    assert won[0].gain == pytest.approx(10, rel=0.1)
+    equal = report.compare(cells, "independent", "normalised", "mean")
+    assert [c.verdict for c in equal] == ["equal", "equal"]
+    assert "| 30-D multimodal | Adam |" in report.gain_table(cells, "pranam")
+    assert "| **0.09" in report.peer_table(cells)
+    targets = report.target_table(cells)
+    assert "mean better | at least 85 % | 1 of 1 (100%) |" in targets
+    assert "no peer has a lower median gap | at least half | 1 of 1 |" in targets
+
+    once = report.fill("# Title\n", {"a": "table"})
+    assert report.fill(once, {"a": "table"}) == once
+    assert report.fill(once + "rest", {"a": "new"}).endswith("<!-- end of a -->\nrest")
