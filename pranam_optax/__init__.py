@@ -7,6 +7,8 @@ from pranam_optax._embedding import mlp_embedding as mlp_embedding
 from pranam_optax._fit import FitResult as FitResult
 from pranam_optax._fit import fit as fit
 from pranam_optax._flax import flax_embedding as flax_embedding
+from pranam_optax._metrics import replica_curvature as replica_curvature
+from pranam_optax._metrics import replica_metrics as replica_metrics
 from pranam_optax._minimize import Progress as Progress
 from pranam_optax._minimize import minimize as minimize
 from pranam_optax._per_replica import per_replica as per_replica
@@ -46,6 +48,8 @@ __all__ = [
     "pranam",
     "problems",
     "reparametrize",
+    "replica_curvature",
+    "replica_metrics",
     "replica_value_and_grad",
     "replicate",
     "revive_replicas",

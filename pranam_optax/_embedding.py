@@ -474,7 +474,7 @@ def squared_slope(
         (a, b), (da, db) = jax.jvp(apply.factors, (phi,), (direction,))
         left = mask_replicas(finite, jnp.concatenate([da, a], axis=1))
         right = jax.tree.map(lambda x, dx: jnp.concatenate([x, dx]), b, db)
-        return jnp.sum(_gram(left.T, left.dtype) * _gram(right, left.dtype))
+        return jnp.sum(gram(left.T, left.dtype) * gram(right, left.dtype))
     # The transpose of the transpose, since apply may have a custom_vjp.
     output, pull_back = jax.vjp(apply, phi)
     (slope,) = jax.linear_transpose(lambda y: pull_back(y)[0], output)(direction)
@@ -487,7 +487,7 @@ def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.tensordot(x, y, (axes, axes), precision=jax.lax.Precision.HIGHEST)
 
 
-def _gram(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
+def gram(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
     """Inner products between the entries of axis 0, over all other axes and leaves."""
     grams = jax.tree.map(lambda x: _inner(x, x).astype(dtype), tree)
     return jax.tree.reduce(jnp.add, grams)
@@ -510,8 +510,8 @@ def _principal_directions(
     num_replicas = leaves[0].shape[0]
     unit = jnp.max(largest_magnitudes(deviations, dtype))
     unit = jnp.where(unit > 0, unit, 1.0)
-    gram = _gram(scale(1 / unit, deviations), dtype)
-    vectors = jnp.linalg.eigh(gram)[1][:, ::-1]  # largest first
+    products = gram(scale(1 / unit, deviations), dtype)
+    vectors = jnp.linalg.eigh(products)[1][:, ::-1]  # largest first
     vectors = jnp.pad(vectors, ((0, 0), (0, max(width - num_replicas, 0))))[:, :width]
     projections = jax.tree.map(lambda x: _matmul(vectors.T, x), deviations)
     squares = [
@@ -519,7 +519,7 @@ def _principal_directions(
         for x in jax.tree.leaves(projections)
     ]
     norms = jnp.sqrt(sum(x.astype(dtype) for x in squares))
-    rounding = 4 * num_replicas * jnp.finfo(dtype).eps * jnp.sqrt(jnp.trace(gram))
+    rounding = 4 * num_replicas * jnp.finfo(dtype).eps * jnp.sqrt(jnp.trace(products))
     return vectors, projections, unit * jnp.where(norms > rounding, norms, 0.0)
 
 

@@ -108,7 +108,7 @@ def revive_replicas(
     if values is not None:
         check_values(values, num_replicas)
         living &= jnp.isfinite(jnp.asarray(values))
-    living = _without_duplicates(params, living)
+    living = without_duplicates(params, living)
     restart = ~living & jnp.any(living)
 
     noise_key, source_key = jax.random.split(as_key(key))
@@ -169,7 +169,7 @@ def revive_replicas(
 _TABLE = (GetAttrKey("table"),)
 
 
-def _without_duplicates(params: PyTree, living: jax.Array) -> jax.Array:
+def without_duplicates(params: PyTree, living: jax.Array) -> jax.Array:
     """The living without those that equal a living replica of a lower index."""
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(cast(params))]
     roundings = [float(jnp.finfo(leaf_dtype(x)).eps) for x in jax.tree.leaves(params)]

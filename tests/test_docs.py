@@ -96,6 +96,14 @@ def test_frameworks(optax_promotion):
     assert np.all(np.isfinite(revived["params"]["hidden"]))
 
 
+def test_devices(optax_promotion):
+    one_axis, two_axes, shards = run_blocks("docs/devices.md")
+    assert one_axis["params"].sharding.shard_shape((64, 30)) == (8, 30)
+    assert two_axes["heads"].sharding.shard_shape((4, 16)) == (4, 2)
+    assert shards["params"].sharding.shard_shape((64, 30)) == (8, 30)
+    assert shards["values"].mean() < one_axis["values"].mean()
+
+
 def test_fitting(optax_promotion):
     try:
         with jax.numpy_rank_promotion("allow"):  # the model is a user's

@@ -121,12 +121,18 @@ def coupled(
     embedding: Embedding | None = None,
     step_size: float = STEP_SIZE,
     release: float = RELEASE,
+    every: int = 1,
 ) -> Callable[[Any, int], Any]:
     """`pranam` with its one default: the same for all problems."""
 
     def make(inner: Any, num_steps: int) -> Any:
         coupling = optax.linear_schedule(1.0, 0.0, int(release * num_steps))
-        link = pranam_optax.pranam(embedding, coupling=coupling, step_size=step_size)
+        link = pranam_optax.pranam(
+            embedding,
+            coupling=coupling,
+            step_size=step_size,
+            projection_every=every,
+        )
         return optax.chain(link, inner)
 
     return make
@@ -149,10 +155,13 @@ METHODS: dict[str, Callable[[Any, int], Any]] = {
     "no sharing": coupled(unshared_embedding()),
 }
 
-# Other settings of `pranam`, for the notebook.
+# Other settings of `pranam`, for docs/notebook.md and docs/devices.md.
 PRESETS: dict[str, Callable[[Any, int], Any]] = {
-    f"s{s:g} r{r:g}": coupled(step_size=s, release=r)
-    for s, r in ((1, 0.3), (2, 0.3), (2, 0.6), (4, 0.3), (6, 1))
+    **{
+        f"s{s:g} r{r:g}": coupled(step_size=s, release=r)
+        for s, r in ((1, 0.3), (2, 0.3), (2, 0.6), (4, 0.3), (6, 1))
+    },
+    **{f"every {k}": coupled(every=k) for k in (4, 16, 64)},
 }
 
 

@@ -3,7 +3,8 @@
     python examples/benchmarks/speed.py
     python examples/benchmarks/speed.py --quick
 
-Both sides run in turns in one process; times are the least of many. Ratios are what
+First both sides of four settings, then an update of twice the replicas and of twice the
+weights. All run in turns in one process; times are the least of many. Ratios are what
 carries over to other machines. The floor is the time in which the arrays that Adam's
 update has to read and write (gradients, params and two moments; params and two
 moments) could be copied once.
@@ -136,13 +137,43 @@ def copy_bandwidth(num_bytes: int) -> float:
     return 2 * x.nbytes / least
 
 
+def make_update(tx: Any) -> Callable[..., Any]:
+    def update(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return update
+
+
+def make_transformations() -> dict[str, Any]:
+    release = optax.linear_schedule(1.0, 0.0, 1000)
+    adam = optax.adam(1e-3)
+    return {
+        "adam": adam,
+        "pranam": optax.chain(pranam_optax.pranam(coupling=release), adam),
+    }
+
+
+def doubling(dim: int, num_replicas: int, seconds: float) -> str:
+    """How the time of an update grows with the weights and with the replicas."""
+    tx = make_transformations()["pranam"]
+    programs = {}
+    for name, shape in {
+        "": (num_replicas, dim),
+        "twice the replicas": (2 * num_replicas, dim),
+        "twice the weights": (num_replicas, 2 * dim),
+    }.items():
+        params = jax.random.normal(jax.random.key(0), shape)
+        state = jax.jit(tx.init)(params)
+        programs[name] = compile_program(make_update(tx), params, state, params)
+    least = interleave(programs, seconds)
+    ratios = [f"{name} {least[name] / least['']:.2f}" for name in list(least)[1:]]
+    return f"R = {num_replicas}, {dim:,} weights: time of {', of '.join(ratios)}"
+
+
 def measure(setting: Setting, seconds: float) -> dict[str, dict[str, Any]]:
     """Rows "step" and "update": everything about Adam alone and behind pranam."""
-    release = optax.linear_schedule(1.0, 0.0, 1000)
-    transformations = {
-        "adam": optax.adam(1e-3),
-        "pranam": optax.chain(pranam_optax.pranam(coupling=release), optax.adam(1e-3)),
-    }
+    transformations = make_transformations()
     grad_fn = pranam_optax.replica_value_and_grad(setting.loss)
     grads = jax.jit(grad_fn)(setting.params, setting.batch)[1]
     states = {
@@ -150,13 +181,6 @@ def measure(setting: Setting, seconds: float) -> dict[str, dict[str, Any]]:
     }
     held = nbytes(setting.params)
     floor = 7 * held / copy_bandwidth(held)
-
-    def make_update(tx: Any) -> Callable[..., Any]:
-        def update(params: Any, state: Any, grads: Any) -> Any:
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        return update
 
     def make_step(tx: Any) -> Callable[..., Any]:
         update = make_update(tx)
@@ -227,6 +251,9 @@ def main() -> None:
     print("\nColumns from flops on are ratios of pranam + Adam to Adam, if not said.\n")
     print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)")
     print(table(results))
+    print()
+    for dim in (1_000,) if args.quick else (1_000, 10_000, 100_000):
+        print(doubling(dim, 16, 0.2 if args.quick else 10.0))
     if args.output:
         args.output.write_text(json.dumps(results, indent=1))
 

@@ -1,0 +1,129 @@
+"""What to watch, against NumPy and full Hessians."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import pranam_optax
+
+R = 7
+
+
+def make(seed=0, num_replicas=R):
+    def init(key):
+        a, b = jax.random.split(key)
+        return {"w": jax.random.normal(a, (4, 3)), "b": 3 + jax.random.normal(b, (2,))}
+
+    return pranam_optax.replicate(init, seed, num_replicas)
+
+
+def flat(tree):
+    return np.concatenate(
+        [np.asarray(x, float).reshape(len(x), -1) for x in jax.tree.leaves(tree)],
+        axis=1,
+    )
+
+
+def effective_rank(weights):
+    values = np.linalg.svd(weights - weights.mean(axis=0), compute_uv=False)
+    p = values[values > 1e-6 * values[0]] / values.sum()
+    return np.exp(-np.sum(p * np.log(p)))
+
+
+@pytest.mark.parametrize("broken", [None, 3])
+def test_metrics_against_numpy(broken):
+    params, grads = make(0), make(1)
+    values = jnp.arange(R) ** 2 / 10
+    tx = optax.chain(pranam_optax.pranam(), optax.sgd(0.1))
+    state = tx.init(make(2))
+    keep = np.arange(R) != broken
+    if broken is not None:
+        grads["w"] = grads["w"].at[broken, 0, 0].set(jnp.inf)
+    metrics = jax.jit(pranam_optax.replica_metrics)(params, state, values, grads)
+
+    weights, gradients, losses = flat(params)[keep], flat(grads)[keep], values[keep]
+    units = gradients / np.linalg.norm(gradients, axis=1, keepdims=True)
+    pulls = weights - flat(pranam_optax.embedding_output(state))[keep]
+    cosines = units @ units.T
+    expected = {
+        "dead": int(broken is not None),
+        "duplicates": 0,
+        "spread": np.sqrt(np.mean((weights - weights.mean(axis=0)) ** 2)),
+        "effective_rank": effective_rank(weights),
+        "loss_mean": losses.mean(),
+        "loss_std": losses.std(),
+        "loss_min": losses.min(),
+        "loss_max": losses.max(),
+        "gradient_rms": np.sqrt(np.mean(gradients**2)),
+        "gradient_cosine": cosines[~np.eye(len(cosines), dtype=bool)].mean(),
+        "embedding_distance": np.sqrt(np.mean(pulls**2)),
+        "nonfinite": 0,
+        "revived": 0,
+        "pull_cosine": np.mean(
+            np.sum(units * pulls, axis=1) / np.linalg.norm(pulls, axis=1)
+        ),
+    }
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_effective_rank_counts_equal_directions(rank):
+    weights = np.zeros((8, 20), np.float32)
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]
+    basis -= basis.mean(axis=0)
+    for i in range(rank):
+        weights += np.outer(np.linalg.qr(basis)[0][:, i], 5 * np.eye(20)[i])
+    metrics = pranam_optax.replica_metrics(jnp.asarray(weights))
+    np.testing.assert_allclose(
+        metrics["effective_rank"], effective_rank(weights) if rank else 0, rtol=1e-3
+    )
+    assert metrics["duplicates"] == (0 if rank else 7)
+
+
+def test_all_dead():
+    params = jax.tree.map(lambda x: x * jnp.nan, make())
+    metrics = pranam_optax.replica_metrics(params, values=jnp.zeros(R), grads=make(1))
+    assert metrics["dead"] == R
+    assert metrics["spread"] == metrics["effective_rank"] == 0
+    assert metrics["gradient_cosine"] == 0
+
+
+def test_the_state_counts_what_was_left_out():
+    params, grads = make(0), make(1)
+    tx = pranam_optax.pranam()
+    state = tx.init(params)
+    grads["b"] = grads["b"].at[2].set(jnp.nan)
+    for _ in range(2):
+        _, state = tx.update(grads, state, params)
+    assert pranam_optax.replica_metrics(params, state)["nonfinite"] == 2
+
+
+def test_curvature_against_the_full_hessian():
+    def fun(params, x):
+        return jnp.sum(jnp.tanh(x @ params["w"]) ** 2) + jnp.sum(params["b"] ** 4)
+
+    params, x = make(), jax.random.normal(jax.random.key(3), (5, 4))
+    found = jax.jit(pranam_optax.replica_curvature(fun))(params, x)
+    for r in range(R):
+        one = pranam_optax.select_replica(params, r)
+        flattened, unflatten = jax.flatten_util.ravel_pytree(one)
+        loss = lambda v: fun(unflatten(v), x)  # noqa: E731
+        g, h = jax.grad(loss)(flattened), jax.hessian(loss)(flattened)
+        np.testing.assert_allclose(found["slope"][r], g @ g, rtol=1e-4)
+        np.testing.assert_allclose(found["curvature"][r], g @ h @ g, rtol=1e-4)
+
+
+def test_errors():
+    params = make()
+    with pytest.raises(ValueError, match=r"values has shape \(3,\), expected \(7,\)"):
+        pranam_optax.replica_metrics(params, values=jnp.zeros(3))
+    with pytest.raises(ValueError, match="grads has 4 replicas, params has 7"):
+        pranam_optax.replica_metrics(params, grads=make(0, 4))
+    with pytest.raises(ValueError, match="one embedding, found 0"):
+        pranam_optax.replica_metrics(params, optax.adam(1.0).init(params))
+    with pytest.raises(ValueError, match="no replica axis"):
+        pranam_optax.replica_curvature(jnp.sum)(jnp.zeros([]))
