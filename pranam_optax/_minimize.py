@@ -359,7 +359,9 @@ def _transformation(
     if optimizer is None:
         optimizer = optax.adam(optax.cosine_decay_schedule(0.03, method.num_steps))
     _, embedding_key = jax.random.split(key)
-    return optax.chain(pranam(coupling=coupling, key=embedding_key), optimizer)
+    # The step size with which the other defaults were chosen.
+    link = pranam(coupling=coupling, step_size=6.0, key=embedding_key)
+    return optax.chain(link, optimizer)
 
 
 @functools.partial(jax.jit, static_argnums=3)

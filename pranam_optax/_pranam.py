@@ -65,7 +65,7 @@ def pranam(
     embedding: Embedding | None = None,
     *,
     coupling: Coupling = 1.0,
-    step_size: float | jax.Array = 6.0,
+    step_size: float | jax.Array = 4.0,
     normalize_updates: bool = True,
     projection_optimizer: optax.GradientTransformation | None = None,
     projection_steps: int = 1,
