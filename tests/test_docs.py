@@ -72,6 +72,7 @@ def test_frameworks(optax_promotion):
         embedding,
         checkpoint,
         revived,
+        watched,
     ) = run_blocks("docs/frameworks.md")
     for recipe in (plain, linen, nnx, equinox):
         losses = np.stack(recipe["losses"])
@@ -94,6 +95,8 @@ def test_frameworks(optax_promotion):
     jax.tree.map(np.testing.assert_array_equal, run, restored)
     np.testing.assert_array_equal(revived["restarts"], [0, 0, 0, 1, 0, 0, 0, 0])
     assert np.all(np.isfinite(revived["params"]["hidden"]))
+    assert watched["metrics"]["dead"] == 0
+    assert watched["metrics"]["revived"] == 1
 
 
 def test_devices(optax_promotion):

@@ -1,6 +1,8 @@
 """What replicas on several devices communicate, and what that takes.
 
-    python examples/benchmarks/devices.py
+    python examples/benchmarks/study.py --methods normalised pranam "every *" \\
+        --problems "* 30 rotated" polynomial "tanh 4-5-1" --output every.json
+    python examples/benchmarks/devices.py --study every.json
 
 Reads from the compiled program of an update on 1 to 8 devices how many bytes it sums
 over devices and in how many sums, and compares them with the model
@@ -9,15 +11,19 @@ over devices and in how many sums, and compares them with the model
     time = (bytes / bandwidth 2 (d - 1) / d + sums latency 2 log2(d)) / k
 
 for n bytes of params of a model, d devices and `projection_every=k` (a ring for the
-bytes, a tree for the latency). The rest is extrapolated with it.
+bytes, a tree for the latency). The rest is extrapolated with it. With `--study`, also
+the losses that `projection_every` leads to.
 """
 
 import argparse
+import json
 import math
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import report
 
 import pranam_optax
 
@@ -76,6 +82,7 @@ def seconds(network: Network, traffic: Traffic, num_devices: int, every: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer devices")
+    parser.add_argument("--study", type=Path, help="results of study.py")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
 
@@ -109,6 +116,11 @@ def main() -> None:
             ]
             row = name, f"{10 * num_devices:,}", f"{num_devices:,}", *times
             print("| " + " | ".join(row) + " |")
+    if args.study:
+        cells = report.read(json.loads(args.study.read_text()))
+        methods = "normalised", "pranam", "every 4", "every 16", "every 64"
+        for kind in dict.fromkeys(cell.kind for cell in cells.values()):
+            print(f"\n{report.cell_table(cells, kind, methods)}")
 
 
 if __name__ == "__main__":

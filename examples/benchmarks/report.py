@@ -193,14 +193,14 @@ def verdict_lists(cells: Cells, ours: str, theirs: str) -> str:
     )
 
 
-def cell_table(cells: Cells, kind: str) -> str:
+def cell_table(cells: Cells, kind: str, methods: Sequence[str] = METHODS) -> str:
     """Mean over replicas (interval) / best replica / part of the seeds solved."""
     rows = []
     keys = dict.fromkeys(
         (p, o) for (p, o, _), c in cells.items() if c.kind == kind and o != "-"
     )
     for problem, optimizer in keys:
-        found = {m: cells.get((problem, optimizer, m)) for m in METHODS}
+        found = {m: cells.get((problem, optimizer, m)) for m in methods}
         lowest = min(c.mean.mean() for c in found.values() if c is not None)
         row = [problem, optimizer]
         for cell in found.values():
@@ -217,7 +217,7 @@ def cell_table(cells: Cells, kind: str) -> str:
             best = number(cell.best.mean())
             row.append(f"{text} / {best} / {cell.solved:.0%}{edge}")
         rows.append(row)
-    return lines_of(("problem", "optimizer", *METHODS), rows)
+    return lines_of(("problem", "optimizer", *methods), rows)
 
 
 def accuracy_table(cells: Cells) -> str:
