@@ -186,7 +186,7 @@ def verdict_lists(cells: Cells, ours: str, theirs: str) -> str:
     )
 
 
-def cell_table(cells: Cells, kind: str, methods: Sequence[str] = METHODS) -> str:
+def cell_table(cells: Cells, kind: str, methods: Sequence[str] = tuple(METHODS)) -> str:
     """Mean over replicas (interval) / best replica / part of the seeds solved."""
     rows = []
     keys = dict.fromkeys(
