@@ -303,6 +303,8 @@ def _step(
     gradient_rms, pull_rms = units
 
     # 5. P = W - f(phi')
+    pulled = pull(phi)
+
     # 6. U = c P / rms(P) + (1 - c) G^
     c = _each(coupling, num_replicas, dtype)
     unit = 1.0 if normalize_updates else gradient_rms
@@ -320,7 +322,7 @@ def _step(
             update = jnp.where(independent, original, update)
         return update
 
-    mixed = mask_replicas(finite, jax.tree.map(mix, updates, pull(phi), gradients))
+    mixed = mask_replicas(finite, jax.tree.map(mix, updates, pulled, gradients))
     return mixed, PranamState(
         count=optax.safe_increment(state.count),
         embedding=Partial(f, phi),

@@ -167,7 +167,7 @@ def test_tasks_have_the_losses_of_the_problems():
 def test_prototype_of_the_notebook_makes_the_step_of_pranam(optax_promotion):
     params = jax.random.normal(jax.random.key(0), (8, 6))
     grads = jax.random.normal(jax.random.key(1), (8, 6))
-    link = pranam_optax.pranam(coupling=0.7)
+    link = pranam_optax.pranam(coupling=0.7, step_size=variants.Knobs().step)
     expected, _ = link.update(grads, link.init(params), params)
     knobs = jax.tree.map(jnp.asarray, variants.Knobs(start=0.7))
 
