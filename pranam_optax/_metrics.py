@@ -19,6 +19,8 @@ from pranam_optax._tree import (
     in_range,
     largest_magnitudes,
     mask_replicas,
+    positive,
+    reciprocal,
     replica_mean,
     replica_norms,
     scale,
@@ -206,8 +208,7 @@ def replica_curvature(
 
 def _directions(tree: PyTree, dtype: jnp.dtype) -> PyTree:
     """Each replica divided by its norm; zero stays zero."""
-    norms = replica_norms(tree, dtype)
-    return scale(jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1.0), 0.0), tree)
+    return scale(reciprocal(replica_norms(tree, dtype)), tree)
 
 
 def _products(x: PyTree, y: PyTree) -> jax.Array:
@@ -222,12 +223,11 @@ def _products(x: PyTree, y: PyTree) -> jax.Array:
 
 def _effective_rank(products: jax.Array) -> jax.Array:
     """exp of the entropy of the singular values, the roots of these eigenvalues."""
-    unit = jnp.max(jnp.diagonal(products))
-    unit = jnp.where(unit > 0, unit, 1.0)
+    unit = positive(jnp.max(jnp.diagonal(products)))
     eigenvalues = jnp.linalg.eigvalsh(products / unit)
     rounding = len(products) * jnp.finfo(products.dtype).eps * jnp.max(eigenvalues)
     values = jnp.sqrt(jnp.where(eigenvalues > rounding, eigenvalues, 0.0))
     total = jnp.sum(values)
-    p = values / jnp.where(total > 0, total, 1.0)
-    entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0)))
+    p = values / positive(total)
+    entropy = -jnp.sum(p * jnp.log(positive(p)))
     return jnp.where(total > 0, jnp.exp(entropy), 0.0)

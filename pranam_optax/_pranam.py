@@ -17,7 +17,7 @@ from pranam_optax._embedding import (
     squared_slope,
 )
 from pranam_optax._replicas import as_key
-from pranam_optax._sharding import check_shardings, sharding_of, with_auto_axes
+from pranam_optax._sharding import keep_shardings
 from pranam_optax._tree import (
     PyTree,
     broadcast_to_leaf,
@@ -29,6 +29,8 @@ from pranam_optax._tree import (
     in_range,
     leaf_dtype,
     mask_replicas,
+    positive,
+    reciprocal,
     replica_mean,
     replica_norms,
     scale,
@@ -189,7 +191,6 @@ def pranam(
     ) -> tuple[PyTree, PranamState]:
         del extra_args
         check_update("pranam", updates, params, state.nonfinite)
-        check_shardings(updates, params)
 
         def step(updates: PyTree, state: PranamState, params: PyTree) -> Any:
             return _step(
@@ -204,13 +205,7 @@ def pranam(
                 projection_every,
             )
 
-        return with_auto_axes(
-            step,
-            lambda mesh: jax.tree.map(lambda x: sharding_of(x, mesh), (updates, state)),
-            updates,
-            state,
-            params,
-        )
+        return keep_shardings(step, updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -242,7 +237,7 @@ def _step(
     rounding = 8 * jnp.finfo(dtype).eps
 
     def root_mean(norms: jax.Array) -> jax.Array:
-        largest = _positive(jnp.max(norms, where=finite, initial=0.0))
+        largest = positive(jnp.max(norms, where=finite, initial=0.0))
         total = jnp.sum(jnp.square(norms / largest), where=finite)
         count = jnp.maximum(jnp.sum(finite), 1).astype(dtype) * size
         return largest * jnp.sqrt(total / count)
@@ -258,14 +253,14 @@ def _step(
     def project(phi: PyTree, projection: optax.OptState) -> tuple[Any, ...]:
         # 1. G^ = G / rms(G)
         gradient_rms, weight_rms = root_mean(gradient_norms), root_mean(weight_norms)
-        normalized = scale(_reciprocal(gradient_rms), gradients)
+        normalized = scale(reciprocal(gradient_rms), gradients)
 
         # 2. T = W - s * sigma * G^
         mean = replica_mean(cast(params), finite)
         deviations = deviations_from(mean, weights, finite)
         spread = root_mean(replica_norms(deviations, dtype))
         identical = spread <= rounding * weight_rms
-        sigma = jnp.where(identical, _positive(weight_rms), spread)
+        sigma = jnp.where(identical, positive(weight_rms), spread)
         distance = jnp.asarray(step_size, dtype) * sigma
         target = jax.tree.map(jnp.subtract, weights, scale(distance, normalized))
 
@@ -308,8 +303,8 @@ def _step(
     # 6. U = c P / rms(P) + (1 - c) G^
     c = _each(coupling, num_replicas, dtype)
     unit = 1.0 if normalize_updates else gradient_rms
-    per_pull = c * unit * _reciprocal(pull_rms)
-    per_gradient = (1 - c) * _reciprocal(gradient_rms) if normalize_updates else 1 - c
+    per_pull = c * unit * reciprocal(pull_rms)
+    per_gradient = (1 - c) * reciprocal(gradient_rms) if normalize_updates else 1 - c
 
     def mix(original: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
         update = times(per_pull, p) + times(per_gradient, g)
@@ -360,25 +355,15 @@ def _line_search(
     # Along the unit vector d = grad l / ||grad l||, where squares stay in range:
     # alpha grad l = ||grad l|| / ||J d||^2 d.
     largest = [jnp.max(jnp.abs(x), initial=0.0).astype(dtype) for x in leaves]
-    unit = _positive(jnp.max(jnp.stack(largest)))
+    unit = positive(jnp.max(jnp.stack(largest)))
     norm = unit * jnp.sqrt(sum_of_squares(scale(1 / unit, gradient)))
-    direction = scale(_reciprocal(norm), gradient)
-    length = norm * _reciprocal(squared_slope(direction))
+    direction = scale(reciprocal(norm), gradient)
+    length = norm * reciprocal(squared_slope(direction))
     # Where even that overflows, better no step than one that ends at infinity.
     valid = jnp.isfinite(norm) & jnp.isfinite(length)
     return jax.tree.map(
         lambda d: jnp.where(valid, -length.astype(d.dtype) * d, 0.0), direction
     )
-
-
-def _positive(x: jax.Array) -> jax.Array:
-    """x, or 1 where x is zero."""
-    return jnp.where(x > 0, x, 1.0)
-
-
-def _reciprocal(x: jax.Array) -> jax.Array:
-    """1 / x, or 0 where x is zero."""
-    return jnp.where(x > 0, 1 / _positive(x), 0.0)
 
 
 def _check_coupling(coupling: Coupling) -> None:

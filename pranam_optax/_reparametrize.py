@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 
 from pranam_optax._embedding import Embedding, mlp_embedding
 from pranam_optax._replicas import as_key
-from pranam_optax._sharding import check_shardings, sharding_of, with_auto_axes
+from pranam_optax._sharding import keep_shardings
 from pranam_optax._tree import (
     PyTree,
     cast,
@@ -132,18 +132,11 @@ def reparametrize(
         **extra_args: Any,
     ) -> tuple[PyTree, ReparametrizeState]:
         check_update("reparametrize", updates, params, state.nonfinite)
-        check_shardings(updates, params)
 
         def step(updates: PyTree, state: ReparametrizeState, params: PyTree) -> Any:
             return _step(updates, state, params, optimizer, extra_args)
 
-        return with_auto_axes(
-            step,
-            lambda mesh: jax.tree.map(lambda x: sharding_of(x, mesh), (updates, state)),
-            updates,
-            state,
-            params,
-        )
+        return keep_shardings(step, updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

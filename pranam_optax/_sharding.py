@@ -55,7 +55,7 @@ def shard_replicas(params: PyTree, mesh: Mesh, axis_name: str = "replicas") -> P
     )
 
 
-def check_shardings(updates: PyTree, params: PyTree) -> None:
+def _check_shardings(updates: PyTree, params: PyTree) -> None:
     """Checks that gradients are spread over the same devices as their params.
 
     As far as that is known: outside jit, or with explicit mesh axes.
@@ -106,3 +106,17 @@ def with_auto_axes(
         if _is_explicit(mesh):
             return jax.sharding.auto_axes(fun, out_sharding=shardings(mesh))(*args)
     return fun(*args)
+
+
+def keep_shardings(
+    update: Callable[..., Any], updates: PyTree, state: PyTree, params: PyTree
+) -> Any:
+    """update(updates, state, params), sharded as the updates and the state are."""
+    _check_shardings(updates, params)
+    return with_auto_axes(
+        update,
+        lambda mesh: jax.tree.map(lambda x: sharding_of(x, mesh), (updates, state)),
+        updates,
+        state,
+        params,
+    )

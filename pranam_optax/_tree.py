@@ -196,6 +196,16 @@ def scale(factor: jax.Array, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: times(factor, x), tree)
 
 
+def positive(x: jax.Array) -> jax.Array:
+    """x, or 1 where x is zero."""
+    return jnp.where(x > 0, x, 1.0)
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+    """1 / x, or 0 where x is zero."""
+    return jnp.where(x > 0, 1 / positive(x), 0.0)
+
+
 def cast(tree: PyTree) -> PyTree:
     """Casts every leaf to at least float32."""
     return jax.tree.map(lambda x: jnp.asarray(x, compute_dtype(x)), tree)

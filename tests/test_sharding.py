@@ -1,16 +1,23 @@
 """Replicas spread over devices: the same numbers, and every shard stays in place."""
 
 import re
+import sys
+from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import pranam_optax
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
+
+import devices  # noqa: E402
+from devices import collectives  # noqa: E402
 
 pytestmark = pytest.mark.optimized
 
@@ -103,26 +110,8 @@ def test_sharded_replicas_equal_the_others_and_keep_their_shardings(
     assert heads.sharding.shard_shape(heads.shape) == (4, 6, columns)
 
 
-def collectives(text):
-    """Kind and number of bytes of every collective in compiled HLO."""
-    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    found = []
-    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        arrays = re.findall(r"(f32|s32|u32|pred)\[([\d,]*)\]", shapes)
-        sizes = [
-            (1 if dtype == "pred" else 4)
-            * np.prod([int(d) for d in dims.split(",") if d])
-            for dtype, dims in arrays
-        ]
-        found.append((kind, int(sum(sizes))))
-    return found
-
-
 def compile_update(tx, num_replicas, num_devices=8):
-    mesh = jax.make_mesh((num_devices,), ("replicas",))
-    params = pranam_optax.shard_replicas(make_params(num_replicas), mesh)
-    state = jax.jit(tx.init)(params)
-    return jax.jit(tx.update).lower(params, state, params).compile().as_text()
+    return devices.compile_update(tx, make_params(num_replicas), num_devices)
 
 
 def test_traffic_is_the_heads_and_one_model_whatever_r():

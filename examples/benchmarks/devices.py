@@ -50,25 +50,38 @@ NETWORKS = {
 }
 
 
-def measure(sizes: tuple[int, ...], num_replicas: int, num_devices: int) -> Traffic:
-    """All-reduces in the compiled update of a model with leaves of these sizes."""
+def collectives(hlo: str) -> list[tuple[str, int]]:
+    """Kind and number of bytes of every collective in compiled HLO."""
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    found = []
+    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", hlo):
+        arrays = re.findall(r"(f32|s32|u32|pred)\[([\d,]*)\]", shapes)
+        sizes = [
+            NBYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
+            for dtype, dims in arrays
+        ]
+        found.append((kind, sum(sizes)))
+    return found
+
+
+def compile_update(tx: Any, params: Any, num_devices: int) -> str:
+    """HLO of an update whose replicas are spread over so many devices."""
     mesh = jax.make_mesh((num_devices,), ("replicas",))
+    params = pranam_optax.shard_replicas(params, mesh)
+    state = jax.jit(tx.init)(params)
+    compiled = jax.jit(tx.update).lower(params, state, params).compile()
+    return compiled.as_text() or ""
+
+
+def measure(sizes: tuple[int, ...], num_replicas: int, num_devices: int) -> Traffic:
+    """Collectives in the compiled update of a model with leaves of these sizes."""
     params: Any = pranam_optax.replicate(
         lambda key: [jax.random.normal(key, (size,)) for size in sizes],
         0,
         num_replicas,
     )
-    params = pranam_optax.shard_replicas(params, mesh)
-    tx = pranam_optax.pranam()
-    state = jax.jit(tx.init)(params)
-    text = jax.jit(tx.update).lower(params, state, params).compile().as_text() or ""
-    sums = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
-    arrays = re.findall(r"(f32|s32|u32|pred)\[([\d,]*)\]", " ".join(sums))
-    total = sum(
-        NBYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
-        for dtype, dims in arrays
-    )
-    return Traffic(total, len(sums))
+    found = collectives(compile_update(pranam_optax.pranam(), params, num_devices))
+    return Traffic(sum(nbytes for _, nbytes in found), len(found))
 
 
 def seconds(network: Network, traffic: Traffic, num_devices: int, every: int) -> float:

@@ -1,18 +1,23 @@
 """The statistics of the study: intervals, paired tests, corrections, profiles."""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import scipy.stats
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from quickstart import interval as bootstrap_interval
 
-def bootstrap_interval(
-    values: np.ndarray, num_samples: int = 10_000
-) -> tuple[float, float]:
-    """95 % percentile interval of the mean, by resampling seeds."""
-    samples = np.random.default_rng(0).choice(values, (num_samples, len(values)))
-    low, high = np.quantile(samples.mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
+__all__ = [
+    "bootstrap_interval",
+    "geometric_mean",
+    "holm",
+    "log_floored",
+    "paired_p",
+    "profile",
+]
 
 
 def log_floored(values: np.ndarray, floor: float) -> np.ndarray:
