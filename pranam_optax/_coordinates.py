@@ -1,5 +1,6 @@
 """Coordinates in which bounded parameters are free and have the same unit scale."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,30 @@ from pranam_optax._tree import PyTree, leaf_dtype
 # How far inside the box a start lies at least, in parts of the half-width or scale: on
 # a bound itself the transform is stationary.
 _MARGIN = 1e-3
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Where params may lie.
+
+    Attributes:
+      low: lower bounds, like one model's params.
+      high: upper bounds, like one model's params.
+      kinds: of the leaves: "box" if all bounds of the leaf are finite, "low" or "high"
+        if only the lower or the upper ones are, "free" if none is, and "any" if they
+        differ or are traced. Static, so that only what is needed is compiled.
+    """
+
+    low: PyTree
+    high: PyTree
+    kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def map(self, fun: Any, *trees: PyTree) -> PyTree:
+        """Maps fun(kind, low, high, *leaves)."""
+        treedef: Any = jax.tree.structure(self.low)
+        kinds = treedef.unflatten(self.kinds)
+        return jax.tree.map(fun, kinds, self.low, self.high, *trees)
 
 
 class Coordinates(NamedTuple):
@@ -29,45 +54,52 @@ class Coordinates(NamedTuple):
     unlike with a sigmoid a replica near a bound still moves.
 
     Attributes:
-      low: l, like one model's params.
-      high: h, like one model's params.
+      bounds: l and h.
       center: m, like one model's params.
       scale: s, like one model's params; half the width of the box where it is finite.
     """
 
-    low: PyTree
-    high: PyTree
+    bounds: Bounds
     center: PyTree
     scale: PyTree
 
     def to_params(self, z: PyTree) -> PyTree:
         """Params of one model, for its coordinates."""
-        return jax.tree.map(_to_param, z, *self)
+        return self.bounds.map(_to_param, self.center, self.scale, z)
 
     def from_params(self, x: PyTree) -> PyTree:
         """Coordinates of one model's params, which must lie within the bounds."""
-        return jax.tree.map(_from_param, x, *self)
+        return self.bounds.map(_from_param, self.center, self.scale, x)
 
 
 def _to_param(
-    z: jax.Array, low: jax.Array, high: jax.Array, center: jax.Array, scale: jax.Array
+    kind: str,
+    low: jax.Array,
+    high: jax.Array,
+    center: jax.Array,
+    scale: jax.Array,
+    z: jax.Array,
 ) -> jax.Array:
     inside = center + scale * jnp.sin(z)
     above = _finite(low) + scale * jax.nn.softplus(z)
     below = _finite(high) - scale * jax.nn.softplus(-z)
-    return jnp.clip(
-        _select(low, high, inside, above, below, center + scale * z), low, high
-    )
+    x = _select(kind, low, high, inside, above, below, center + scale * z)
+    return jnp.clip(x, low, high)
 
 
 def _from_param(
-    x: jax.Array, low: jax.Array, high: jax.Array, center: jax.Array, scale: jax.Array
+    kind: str,
+    low: jax.Array,
+    high: jax.Array,
+    center: jax.Array,
+    scale: jax.Array,
+    x: jax.Array,
 ) -> jax.Array:
     unit = (x - center) / scale
     inside = jnp.arcsin(jnp.clip(unit, -1 + _MARGIN, 1 - _MARGIN))
     above = _inverse_softplus(jnp.maximum((x - _finite(low)) / scale, _MARGIN))
     below = -_inverse_softplus(jnp.maximum((_finite(high) - x) / scale, _MARGIN))
-    return _select(low, high, inside, above, below, unit)
+    return _select(kind, low, high, inside, above, below, unit)
 
 
 def _finite(bound: jax.Array) -> jax.Array:
@@ -80,6 +112,7 @@ def _inverse_softplus(y: jax.Array) -> jax.Array:
 
 
 def _select(
+    kind: str,
     low: jax.Array,
     high: jax.Array,
     inside: jax.Array,
@@ -87,20 +120,23 @@ def _select(
     below: jax.Array,
     free: jax.Array,
 ) -> jax.Array:
+    cases = {"box": inside, "low": above, "high": below, "free": free}
+    if kind in cases:
+        return cases[kind]
     has_low, has_high = jnp.isfinite(low), jnp.isfinite(high)
     return jnp.where(
         has_low, jnp.where(has_high, inside, above), jnp.where(has_high, below, free)
     )
 
 
-def make_coordinates(starts: PyTree, low: PyTree, high: PyTree) -> Coordinates:
+def make_coordinates(starts: PyTree, bounds: Bounds) -> Coordinates:
     """Coordinates in which the starts (stacked params) spread over about one unit."""
 
-    def center(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    def center(_: str, low: jax.Array, high: jax.Array, x: jax.Array) -> jax.Array:
         boxed = jnp.isfinite(low) & jnp.isfinite(high)
         return jnp.where(boxed, (_finite(low) + _finite(high)) / 2, jnp.mean(x, axis=0))
 
-    def scale(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    def scale(_: str, low: jax.Array, high: jax.Array, x: jax.Array) -> jax.Array:
         boxed = jnp.isfinite(low) & jnp.isfinite(high)
         spread = jnp.std(x, axis=0)
         # Where the starts agree, the size of what they agree on.
@@ -109,15 +145,10 @@ def make_coordinates(starts: PyTree, low: PyTree, high: PyTree) -> Coordinates:
         spread = jnp.where(spread > jnp.finfo(x.dtype).eps * size, spread, size)
         return jnp.where(boxed, (_finite(high) - _finite(low)) / 2, spread)
 
-    return Coordinates(
-        low,
-        high,
-        jax.tree.map(center, starts, low, high),
-        jax.tree.map(scale, starts, low, high),
-    )
+    return Coordinates(bounds, bounds.map(center, starts), bounds.map(scale, starts))
 
 
-def draw_around(key: jax.Array, start: PyTree, low: PyTree, high: PyTree) -> PyTree:
+def draw_around(key: jax.Array, start: PyTree, bounds: Bounds) -> PyTree:
     """A random start for one model.
 
     Uniform between finite bounds. With one bound, the start's distance from it times a
@@ -129,7 +160,7 @@ def draw_around(key: jax.Array, start: PyTree, low: PyTree, high: PyTree) -> PyT
         return jnp.where(x > 0, x, jnp.ones_like(x))
 
     def draw(
-        key: jax.Array, x: jax.Array, low: jax.Array, high: jax.Array
+        kind: str, low: jax.Array, high: jax.Array, key: jax.Array, x: jax.Array
     ) -> jax.Array:
         # One draw serves all cases: half the time to compile.
         tiny = jnp.finfo(x.dtype).eps
@@ -137,6 +168,7 @@ def draw_around(key: jax.Array, start: PyTree, low: PyTree, high: PyTree) -> PyT
         normal = jax.scipy.special.ndtri(u)
         bottom, top = _finite(low), _finite(high)
         return _select(
+            kind,
             low,
             high,
             bottom + (top - bottom) * u,
@@ -147,7 +179,7 @@ def draw_around(key: jax.Array, start: PyTree, low: PyTree, high: PyTree) -> PyT
 
     leaves, treedef = jax.tree.flatten(start)
     keys = jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
-    return jax.tree.map(draw, keys, start, low, high)
+    return bounds.map(draw, keys, start)
 
 
 def check_params(params: PyTree, name: str) -> None:
@@ -164,8 +196,8 @@ def check_params(params: PyTree, name: str) -> None:
             )
 
 
-def parse_bounds(bounds: PyTree, like: PyTree | None) -> tuple[PyTree, PyTree]:
-    """Splits a tree of pairs `(low, high)` in two trees of arrays.
+def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
+    """Checks a tree of pairs `(low, high)`.
 
     Args:
       bounds: a pair for each leaf of the params, or None for no bounds at all.
@@ -191,7 +223,7 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> tuple[PyTree, PyTree]:
             "bounds must have one pair (low, high) for each leaf of the params, whose "
             f"structure is {treedef}; got {bounds!r}"
         ) from error
-    lows, highs = [], []
+    lows, highs, kinds = [], [], []
     for (path, leaf), pair in zip(
         jax.tree_util.tree_leaves_with_path(shapes), pairs, strict=True
     ):
@@ -212,7 +244,24 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> tuple[PyTree, PyTree]:
             )
         lows.append(jnp.broadcast_to(jnp.asarray(low, dtype), shape))
         highs.append(jnp.broadcast_to(jnp.asarray(high, dtype), shape))
-    return treedef.unflatten(lows), treedef.unflatten(highs)
+        kinds.append(_kind(low, high))
+    return Bounds(treedef.unflatten(lows), treedef.unflatten(highs), tuple(kinds))
+
+
+def _kind(low: Any, high: Any) -> str:
+    """See `Bounds`."""
+    if _concrete(low, high):
+        has_low, has_high = np.isfinite(low), np.isfinite(high)
+        cases = {
+            "box": has_low.all() and has_high.all(),
+            "low": has_low.all() and not has_high.any(),
+            "high": has_high.all() and not has_low.any(),
+            "free": not has_low.any() and not has_high.any(),
+        }
+        for kind, holds in cases.items():
+            if holds:
+                return kind
+    return "any"
 
 
 def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
@@ -223,11 +272,14 @@ def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
         return False
 
 
-def check_within(params: PyTree, low: PyTree, high: PyTree, name: str) -> None:
+def check_within(params: PyTree, bounds: Bounds, name: str) -> None:
     """Checks that params, of one model or stacked, lie within their bounds."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, x), a, b in zip(
-        leaves, jax.tree.leaves(low), jax.tree.leaves(high), strict=True
+        leaves,
+        jax.tree.leaves(bounds.low),
+        jax.tree.leaves(bounds.high),
+        strict=True,
     ):
         if not _concrete(x, a, b):
             continue

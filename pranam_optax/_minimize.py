@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 
 from pranam_optax import _polish
 from pranam_optax._coordinates import (
+    Bounds,
     Coordinates,
     check_params,
     check_within,
@@ -78,8 +79,7 @@ class _Objective(NamedTuple):
     coupling: Partial | None
     draw: Partial
     first: PyTree | None
-    low: PyTree
-    high: PyTree
+    bounds: Bounds
 
 
 class _Start(NamedTuple):
@@ -90,9 +90,14 @@ class _Start(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    """The replicas in their coordinates, and the lowest point each has seen."""
+    """The replicas in their coordinates, and the lowest point each has seen.
+
+    Their params are carried along, as otherwise XLA computes them anew for each of the
+    data.
+    """
 
     z: PyTree
+    params: PyTree
     state: optax.OptState
     best_z: PyTree
     best_values: jax.Array
@@ -278,18 +283,18 @@ def _make_objective(
         draw = as_partial(init)
         shapes = jax.eval_shape(draw, key)
         check_params(shapes, "init(key)")
-        low, high = parse_bounds(bounds, shapes)
+        box = parse_bounds(bounds, shapes)
     elif init is not None:
         check_params(init, "init")
         first = jax.tree.map(jnp.asarray, init)
-        low, high = parse_bounds(bounds, first)
-        check_within(first, low, high, "init")
-        draw = Partial(draw_around, start=first, low=low, high=high)
+        box = parse_bounds(bounds, first)
+        check_within(first, box, "init")
+        draw = Partial(draw_around, start=first, bounds=box)
         shapes = first
     else:
-        low, high = parse_bounds(bounds, None)
-        draw = Partial(draw_around, start=low, low=low, high=high)
-        shapes = low
+        box = parse_bounds(bounds, None)
+        draw = Partial(draw_around, start=box.low, bounds=box)
+        shapes = box.low
     value = jax.eval_shape(fun, shapes)
     if not isinstance(value, jax.ShapeDtypeStruct) or value.shape:
         described = jax.tree.map(lambda x: x.shape, value)
@@ -305,7 +310,7 @@ def _make_objective(
     elif coupling is not None:
         pranam(coupling=coupling)  # checks it
         schedule = Partial(_constant, value=jnp.asarray(coupling))
-    return _Objective(fun, residuals, schedule, draw, first, low, high)
+    return _Objective(fun, residuals, schedule, draw, first, box)
 
 
 def _constant(count: jax.Array, value: jax.Array) -> jax.Array:
@@ -321,7 +326,7 @@ def _begin(objective: _Objective, key: jax.Array, method: Method) -> _Start:
         params = jax.tree.map(
             lambda x, first: x.at[0].set(first.astype(x.dtype)), params, objective.first
         )
-    coordinates = make_coordinates(params, objective.low, objective.high)
+    coordinates = make_coordinates(params, objective.bounds)
     z = jax.vmap(coordinates.from_params)(params)
     values = jax.vmap(lambda z: objective.fun(coordinates.to_params(z)))(z)
     order = jnp.argsort(~jnp.isfinite(values), stable=True)[: method.num_replicas]
@@ -332,7 +337,7 @@ def _check_start(start: _Start, objective: _Objective) -> None:
     """Raises for starts that cannot be used, unless they are traced."""
     if isinstance(start.values, jax.core.Tracer):
         return
-    check_within(start.params, objective.low, objective.high, "init(key)")
+    check_within(start.params, objective.bounds, "init(key)")
     values = np.asarray(start.values)
     if not np.isfinite(values).any():
         example = jax.tree.map(lambda x: np.asarray(x[0]).tolist(), start.params)
@@ -370,7 +375,8 @@ def _start_carry(
 ) -> _Carry:
     state = _transformation(objective, key, method).init(start.z)
     values = jnp.full(method.num_replicas, jnp.inf, start.values.dtype)
-    return _Carry(start.z, state, start.z, values)
+    params = jax.vmap(start.coordinates.to_params)(start.z)
+    return _Carry(start.z, params, state, start.z, values)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -384,10 +390,12 @@ def _advance(
 ) -> tuple[_Carry, jax.Array]:
     """`length` steps of the coupled phase, and the values before each."""
     tx = _transformation(objective, key, method)
-    grad_fn = replica_value_and_grad(_in_coordinates(objective.fun, start.coordinates))
+    grad_fn = replica_value_and_grad(objective.fun)
+    to_params = jax.vmap(start.coordinates.to_params)
 
     def step(carry: _Carry, _: None) -> tuple[_Carry, jax.Array]:
-        values, grads = grad_fn(carry.z)
+        values, grads = grad_fn(carry.params)
+        (grads,) = jax.vjp(to_params, carry.z)[1](grads)
         lower = values < carry.best_values
         best_z = _where(lower, carry.z, carry.best_z)
         best_values = jnp.where(lower, values, carry.best_values)
@@ -396,7 +404,7 @@ def _advance(
             _unit_gradients(grads), carry.state, carry.z, values=values
         )
         z = optax.apply_updates(carry.z, updates)
-        return _Carry(z, state, best_z, best_values), values
+        return _Carry(z, to_params(z), state, best_z, best_values), values
 
     return jax.lax.scan(step, carry, None, length)
 

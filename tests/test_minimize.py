@@ -1,5 +1,6 @@
 """`minimize`: what it finds, what it reports, and what it refuses."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import optax
 import pytest
 
 import pranam_optax
-from pranam_optax._coordinates import draw_around, make_coordinates
+from pranam_optax._coordinates import draw_around, make_coordinates, parse_bounds
 from pranam_optax._result import MinimizeResult
 
 INF = float("inf")
@@ -139,21 +140,23 @@ def test_start_and_single_bounds_are_kept():
 # Coordinates
 
 
+LOW, HIGH = np.array([-2.0, 1.0, -INF, -INF]), np.array([4.0, INF, 3.0, INF])
+
+
 def test_coordinates_and_back(x64):
-    low = jnp.array([-2.0, 1.0, -INF, -INF])
-    high = jnp.array([4.0, INF, 3.0, INF])
+    bounds = parse_bounds((LOW, HIGH), jnp.zeros(4))
     key = jax.random.key(0)
     starts = jax.vmap(
-        lambda key: draw_around(key, jnp.array([0.0, 2.0, 1.0, 10.0]), low, high)
+        lambda key: draw_around(key, jnp.array([0.0, 2.0, 1.0, 10.0]), bounds)
     )(jax.random.split(key, 500))
-    assert jnp.all((starts >= low[None]) & (starts <= high[None]))
+    assert jnp.all((starts >= LOW[None]) & (starts <= HIGH[None]))
     # Uniform, log-normal about the distances of 1 and 2, normal of deviation 10.
     np.testing.assert_allclose(starts[:, 0].mean(), 1, atol=0.2)
     np.testing.assert_allclose(np.median(starts[:, 1]), 2, atol=0.2)
     np.testing.assert_allclose(np.median(starts[:, 2]), 1, atol=0.3)
     np.testing.assert_allclose(starts[:, 3].std(), 10, rtol=0.1)
 
-    coordinates = make_coordinates(starts, low, high)
+    coordinates = make_coordinates(starts, bounds)
     np.testing.assert_allclose(coordinates.scale[0], 3)
     np.testing.assert_allclose(coordinates.scale[3], starts[:, 3].std())
     z = jax.vmap(coordinates.from_params)(starts)
@@ -167,15 +170,31 @@ def test_coordinates_and_back(x64):
     ("z", "expected"), [(0.0, [1, 1 + np.log(2), 3 - np.log(2), 0.5])]
 )
 def test_coordinates_by_hand(z, expected):
-    low = jnp.array([-2.0, 1.0, -INF, -INF])
-    high = jnp.array([4.0, INF, 3.0, INF])
     starts = jnp.array([[0.0, 2.0, 1.0, -0.5], [0.0, 4.0, 3.0, 1.5]])
-    coordinates = make_coordinates(starts, low, high)
+    coordinates = make_coordinates(starts, parse_bounds((LOW, HIGH), starts[0]))
     z = jnp.full(4, z)
     np.testing.assert_allclose(coordinates.to_params(z), expected, rtol=1e-6)
     slope = jax.vmap(jax.grad(lambda z, i: coordinates.to_params(z)[i]), (None, 0))
     expected = np.diag([3.0, 0.5, 0.5, 1.0])
     np.testing.assert_allclose(slope(z, jnp.arange(4)), expected, atol=1e-6)
+
+
+def test_leaves_with_bounds_of_one_kind_equal_those_with_mixed_ones():
+    first = jnp.array([0.0, 2.0, 1.0, 10.0])
+    starts = jnp.array([[0.0, 2.0, 1.0, -0.5], [0.0, 4.0, 3.0, 1.5]])
+    mixed = parse_bounds((LOW, HIGH), first)
+    split = parse_bounds(list(zip(LOW, HIGH, strict=True)), list(first))
+    traced = jax.jit(lambda low, high: parse_bounds((low, high), first))(LOW, HIGH)
+    assert mixed.kinds == traced.kinds == ("any",)
+    assert split.kinds == ("box", "low", "high", "free")
+    together = make_coordinates(starts, mixed)
+    apart = make_coordinates(list(starts.T), split)
+    z = jnp.array([0.3, -0.7, 1.1, 0.2])
+    params = together.to_params(z)
+    chex.assert_trees_all_equal(list(params), apart.to_params(list(z)))
+    chex.assert_trees_all_equal(
+        list(together.from_params(params)), apart.from_params(list(params))
+    )
 
 
 # The result
