@@ -127,8 +127,8 @@ def minimize(
       g_r = \nabla_z f(x(z_r)), \quad \hat g_r = g_r / \max |g_r|, \quad
       z \mathrel{+}= \mathrm{optimizer}(\mathrm{pranam}_c(\hat g))
 
-    with couplings :math:`c_r = (1 - t / 0.8 T)_+ \, r / (R - 1)`: a ladder from
-    independent explorers to full consensus, released over the first 80 % of the T
+    with couplings :math:`c_r = (1 - t / 0.6 T)_+ \, r / (R - 1)`: a ladder from
+    independent explorers to full consensus, released over the first 60 % of the T
     steps. Then L-BFGS refines each replica from the lowest point that it has seen and
     from its start, and the lower of the two is kept.
 
@@ -358,14 +358,13 @@ def _transformation(
     coupling = objective.coupling
     if coupling is None:
         rungs = jnp.linspace(0.0, 1.0, method.num_replicas)
-        release = optax.linear_schedule(1.0, 0.0, max(int(0.8 * method.num_steps), 1))
+        release = optax.linear_schedule(1.0, 0.0, max(int(0.6 * method.num_steps), 1))
         coupling = Partial(lambda count: release(count) * rungs)
     optimizer = method.optimizer
     if optimizer is None:
         optimizer = optax.adam(optax.cosine_decay_schedule(0.03, method.num_steps))
     _, embedding_key = jax.random.split(key)
-    # The step size with which the other defaults were chosen.
-    link = pranam(coupling=coupling, step_size=6.0, key=embedding_key)
+    link = pranam(coupling=coupling, key=embedding_key)
     return optax.chain(link, optimizer)
 
 
