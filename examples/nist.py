@@ -1,7 +1,7 @@
 """The 27 NIST StRD regressions from wide random boxes, and other methods beside.
 
     python examples/nist.py --quick
-    python examples/nist.py --seeds 20 --plot nist.png
+    python examples/nist.py --control --output nist.json --plot nist.png
 
 The box is the same for all problems and methods: [-10 |b|, 10 |b|] for each certified
 parameter b, the sign unknown; the official starts are never used by `fit`. A run
@@ -10,6 +10,7 @@ order of equal terms of a sum, and signs that do not matter).
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=1000, help="of LM, pooled")
     parser.add_argument("--control", action="store_true", help="also without coupling")
     parser.add_argument("--quick", action="store_true", help="two problems, 2 seeds")
+    parser.add_argument("--output", type=Path, help="keeps the rows that are done")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     names = args.names or list(nist_problems.MODELS)
@@ -198,11 +200,16 @@ def main() -> None:
 
     jax.config.update("jax_enable_x64", True)
     rows: dict[str, dict[str, Any]] = {}
+    if args.output and args.output.exists():
+        rows = json.loads(args.output.read_text())
     print(HEADER)
     with tqdm(nist_problems.load(args.data_dir, names).items(), unit="fit") as progress:
         for name, problem in progress:
             progress.set_description(name)
-            rows[name] = study(name, problem, args)
+            if name not in rows:
+                rows[name] = study(name, problem, args)
+            if args.output:
+                args.output.write_text(json.dumps(rows))
             progress.write(line(name, rows[name]))
     good = [row["success"] >= 0.95 for row in rows.values()]
     print(

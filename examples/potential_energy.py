@@ -4,7 +4,8 @@
     python examples/potential_energy.py --seeds 20 --plot potential_energy.png
 
 - H2+ (1s sigma_g, 106 distances from 0.5 bohr): three Gaussians and a constant, 10
-  parameters.
+  parameters. Best with heights at their bounds, so once with bounds of 10 hartree and
+  once of 1000.
 - H2O (988 geometries): a Morse function of each bond, a harmonic bend and the product
   of the stretches, 7 parameters; and a 3-4-1 tanh network, 21 parameters.
 
@@ -90,15 +91,18 @@ def load(data_dir: Path | None = None) -> dict[str, Fit]:
     ).T
     cosine = np.clip((r1**2 + r2**2 - r0**2) / (2 * r1 * r2), -1, 1)
     x = np.stack([r1, r2, cosine], axis=1)
+    r, energy = r[r >= 0.5], energy[r >= 0.5]
+
+    def h2plus(height: float) -> Fit:
+        low = np.array([-height] * 3 + [-20.0] * 3 + [0.1] * 3 + [-2.0])
+        high = np.array([height] * 3 + [20.0] * 3 + [100.0] * 3 + [2.0])
+        # With the repulsion of the nuclei.
+        return Fit(gaussians, r, energy + 1 / r, low, high)
+
     kcal = (total - total.min()) * KCAL_PER_HARTREE
     return {
-        "H2+, 3 Gaussians": Fit(
-            gaussians,
-            r[r >= 0.5],
-            (energy + 1 / r)[r >= 0.5],  # with the repulsion of the nuclei
-            np.array([-10.0] * 3 + [-20.0] * 3 + [0.1] * 3 + [-2.0]),
-            np.array([10.0] * 3 + [20.0] * 3 + [100.0] * 3 + [2.0]),
-        ),
+        "H2+, 3 Gaussians": h2plus(10.0),
+        "H2+, 3 Gaussians, wide box": h2plus(1000.0),
         "H2O, Morse and bend": Fit(
             morse_bend,
             x,
