@@ -231,20 +231,25 @@ def main() -> None:
     parser.add_argument("--log-dir", type=Path, default=Path("runs"))
     parser.add_argument("--data-dir", type=Path, help="folder with MNIST's IDX files")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figure")
-    parser.add_argument("--quick", action="store_true", help="20 steps, 4 replicas")
+    parser.add_argument(
+        "--quick", action="store_true", help="20 steps, 4 replicas, coupled ones only"
+    )
     args = parser.parse_args()
     setting = Setting()
     if args.quick:
         setting = Setting(
             num_replicas=4, num_steps=20, scalars_every=5, histograms_every=10
         )
+    couplings: dict[str, optax.Schedule] = {
+        "independent": optax.constant_schedule(0.0),
+        "pranam": optax.linear_schedule(1.0, 0.0, int(0.3 * setting.num_steps)),
+    }
+    if args.quick:
+        del couplings["independent"]
 
     data = load(args.data_dir)
     runs = {}
-    for name, coupling in {
-        "independent": optax.constant_schedule(0.0),
-        "pranam": optax.linear_schedule(1.0, 0.0, int(0.3 * setting.num_steps)),
-    }.items():
+    for name, coupling in couplings.items():
         with SummaryWriter(str(args.log_dir / name)) as writer:
             runs[name] = train(data, setting, coupling, writer)
         last = runs[name][-1]

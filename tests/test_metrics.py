@@ -119,6 +119,32 @@ def test_projection_against_numpy(broken):
     assert metrics["projection_after"] < metrics["projection_before"]
 
 
+def test_mixed_dtypes(x64):
+    dtypes = {"w": jnp.bfloat16, "b": jnp.float64}
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), (make(0), make(1)))
+    mixed = tuple({k: x.astype(dtypes[k]) for k, x in tree.items()} for tree in wide)
+    found = []
+    for params, grads in (wide, mixed):
+        tx = pranam_optax.pranam(coupling=0.5)
+        state = tx.init(params)
+        _, updated = tx.update(grads, state, params)
+        metrics = pranam_optax.replica_metrics(
+            params,
+            state,
+            jnp.arange(R, dtype=jnp.float32),
+            grads,
+            updated=updated,
+            coupling=0.5,
+            step_size=4.0,
+        )
+        found.append(metrics)
+    assert found[0]["projection_after"].dtype == jnp.float64
+    for name, value in found[0].items():
+        np.testing.assert_allclose(
+            found[1][name], value, rtol=0.05, atol=0.01, err_msg=name
+        )
+
+
 def test_what_is_not_given_is_left_out():
     params, grads = make(0), make(1)
     state = pranam_optax.pranam().init(params)
