@@ -9,6 +9,7 @@ from pranam_optax._fit import fit as fit
 from pranam_optax._flax import flax_embedding as flax_embedding
 from pranam_optax._metrics import replica_curvature as replica_curvature
 from pranam_optax._metrics import replica_metrics as replica_metrics
+from pranam_optax._metrics import replica_saturation as replica_saturation
 from pranam_optax._minimize import Progress as Progress
 from pranam_optax._minimize import minimize as minimize
 from pranam_optax._per_replica import per_replica as per_replica
@@ -50,6 +51,7 @@ __all__ = [
     "reparametrize",
     "replica_curvature",
     "replica_metrics",
+    "replica_saturation",
     "replica_value_and_grad",
     "replicate",
     "revive_replicas",

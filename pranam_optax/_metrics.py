@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pranam_optax._embedding import find_embedding, gram
+from pranam_optax._embedding import (
+    Activation,
+    find_embedding,
+    gram,
+    projection_loss,
+)
+from pranam_optax._pranam import Coupling, each_coupling, projection_target
 from pranam_optax._replicas import check_values
 from pranam_optax._revive import without_duplicates
 from pranam_optax._tree import (
@@ -32,6 +38,10 @@ def replica_metrics(
     state: PyTree = None,
     values: jax.Array | np.ndarray | None = None,
     grads: PyTree = None,
+    *,
+    updated: PyTree = None,
+    coupling: Coupling | None = None,
+    step_size: float | jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     r"""Scalars that tell how an ensemble of replicas fares.
 
@@ -44,6 +54,10 @@ def replica_metrics(
       state: the state of `pranam` or `reparametrize`, or of a chain that holds one.
       values: the loss of each replica, `[R]`.
       grads: stacked gradients :math:`G`.
+      updated: the state after the update by these gradients, which holds
+        :math:`\phi'`.
+      coupling: what `pranam` was given; a schedule is read at the state's count.
+      step_size: what `pranam` was given.
 
     Returns:
       A dict of scalars:
@@ -58,14 +72,19 @@ def replica_metrics(
       - with grads, `gradient_rms` and `gradient_cosine`, the mean cosine between the
         gradients of two replicas: 1 where all agree, 0 where they have nothing in
         common.
+      - with coupling, `coupling`, its mean over the replicas; a schedule needs a state.
       - with a state, `embedding_distance`, the RMS of the pull :math:`W - f(\phi)`;
         `nonfinite` and `revived`, its counts over all replicas; and with grads too,
         `pull_cosine`, the mean cosine between a replica's gradient and its pull.
+      - with grads and updated, `projection_cosine`, the mean cosine between a replica's
+        gradient and what the projection made of it, :math:`W - f(\phi')`; and with
+        state and step_size too, `projection_before` and `projection_after`, the
+        projection loss at :math:`\phi` and :math:`\phi'`.
 
     Raises:
-      ValueError: for leaves without replica axis or that disagree on R, values of
-        another shape, gradients of another number of replicas, or a state that does not
-        hold one embedding.
+      ValueError: for leaves without replica axis or that disagree on R, values or a
+        coupling of another shape, gradients of another number of replicas, a state that
+        does not hold one embedding, or a schedule of the coupling without a state.
       TypeError: for integer or complex leaves.
 
     Examples:
@@ -138,19 +157,43 @@ def replica_metrics(
             "gradient_rms": rms(gradients),
             "gradient_cosine": (together - alone) / pairs,
         }
-    if state is not None:
-        node = find_embedding(state)
-        pull = jax.tree.map(
+
+    def pull(node: Any) -> PyTree:
+        difference = jax.tree.map(
             lambda w, y: w - y.astype(w.dtype), weights, node.embedding()
         )
+        return mask_replicas(finite, difference)
+
+    def cosine(pull: PyTree) -> jax.Array:
+        return mean(_products(directions, _directions(pull, dtype)))
+
+    node = None if state is None else find_embedding(state)
+    if coupling is not None:
+        if callable(coupling):
+            if node is None:
+                raise ValueError("a schedule of the coupling needs the state's count")
+            coupling = coupling(node.count)
+        metrics["coupling"] = mean(each_coupling(coupling, num_replicas, dtype))
+    if node is not None:
         metrics |= {
-            "embedding_distance": rms(pull),
+            "embedding_distance": rms(pull(node)),
             "nonfinite": jnp.sum(node.nonfinite),
             "revived": jnp.sum(node.revived),
         }
         if grads is not None:
-            pulls = _directions(mask_replicas(finite, pull), dtype)
-            metrics["pull_cosine"] = mean(_products(directions, pulls))
+            metrics["pull_cosine"] = cosine(pull(node))
+    if grads is not None and updated is not None:
+        after = find_embedding(updated)
+        metrics["projection_cosine"] = cosine(pull(after))
+        if node is not None and step_size is not None:
+            normalized = scale(reciprocal(metrics["gradient_rms"]), gradients)
+            target = projection_target(
+                weights, normalized, metrics["spread"], rms(weights), step_size
+            )
+            for name, embedding in (("before", node), ("after", after)):
+                metrics[f"projection_{name}"] = projection_loss(
+                    lambda node: node.embedding(), embedding, target, finite
+                )
     return metrics
 
 
@@ -204,6 +247,38 @@ def replica_curvature(
         return jax.vmap(one, in_axes=(0, *(None,) * len(args)))(params, *args)
 
     return replicas
+
+
+def replica_saturation(
+    activation: Activation, inputs: jax.Array, *, threshold: float = 0.1
+) -> jax.Array:
+    r"""The share of each replica's units at which an activation is flat.
+
+    Such units learn little, and the share of dead ReLUs or of saturated tanhs tells of
+    weights that have grown too large.
+
+    Args:
+      activation: an elementwise function :math:`a`.
+      inputs: what it is given, the pre-activations of all replicas, `[R, ...]`.
+      threshold: a unit is flat where :math:`|a'|` is below it: for `jnp.tanh` and 0.1
+        beyond 1.8, for `jax.nn.relu` below 0.
+
+    Returns:
+      `[R]`, from 0 to 1.
+
+    Raises:
+      ValueError: if the inputs have no replica axis.
+      TypeError: if they are integer or complex.
+
+    Examples:
+      >>> import jax.numpy as jnp, pranam_optax
+      >>> inputs = jnp.array([[-3.0, 0.1, 0.2, 4.0], [0.1, 0.2, 0.3, 2.0]])
+      >>> print(pranam_optax.replica_saturation(jnp.tanh, inputs))
+      [0.5  0.25]
+    """
+    check_replicas(inputs, "inputs")
+    slopes = jax.jvp(activation, (inputs,), (jnp.ones_like(inputs),))[1]
+    return jnp.mean(jnp.abs(slopes) < threshold, axis=tuple(range(1, inputs.ndim)))
 
 
 def _directions(tree: PyTree, dtype: jnp.dtype) -> PyTree:

@@ -259,10 +259,7 @@ def _step(
         mean = replica_mean(cast(params), finite)
         deviations = deviations_from(mean, weights, finite)
         spread = root_mean(replica_norms(deviations, dtype))
-        identical = spread <= rounding * weight_rms
-        sigma = jnp.where(identical, positive(weight_rms), spread)
-        distance = jnp.asarray(step_size, dtype) * sigma
-        target = jax.tree.map(jnp.subtract, weights, scale(distance, normalized))
+        target = projection_target(weights, normalized, spread, weight_rms, step_size)
 
         # 3. l(phi) = 1/2 ||f(phi) - T||^2
         def loss(phi: PyTree) -> jax.Array:
@@ -301,7 +298,7 @@ def _step(
     pulled = pull(phi)
 
     # 6. U = c P / rms(P) + (1 - c) G^
-    c = _each(coupling, num_replicas, dtype)
+    c = each_coupling(coupling, num_replicas, dtype)
     unit = 1.0 if normalize_updates else gradient_rms
     per_pull = c * unit * reciprocal(pull_rms)
     per_gradient = (1 - c) * reciprocal(gradient_rms) if normalize_updates else 1 - c
@@ -325,6 +322,20 @@ def _step(
         nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
         revived=state.revived,
     )
+
+
+def projection_target(
+    weights: PyTree,
+    normalized: PyTree,
+    spread: jax.Array,
+    weight_rms: jax.Array,
+    step_size: float | jax.Array,
+) -> PyTree:
+    """T = W - s * sigma * G^; for equal replicas sigma is the RMS of the weights."""
+    identical = spread <= 8 * jnp.finfo(spread.dtype).eps * weight_rms
+    sigma = jnp.where(identical, positive(weight_rms), spread)
+    distance = jnp.asarray(step_size, spread.dtype) * sigma
+    return jax.tree.map(jnp.subtract, weights, scale(distance, normalized))
 
 
 def _descend(
@@ -377,7 +388,7 @@ def _check_coupling(coupling: Coupling) -> None:
         )
 
 
-def _each(
+def each_coupling(
     coupling: float | jax.Array | np.ndarray, num_replicas: int, dtype: jnp.dtype
 ) -> jax.Array:
     """The coupling of each replica."""

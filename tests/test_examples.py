@@ -4,13 +4,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import optax
 import pytest
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import flax_mnist  # noqa: E402
 import quickstart  # noqa: E402
+import tensorboard  # noqa: E402
 
 
 def test_quickstart_gives_all_methods_the_same_problem_and_replicas(optax_promotion):
@@ -126,3 +130,68 @@ def test_downloads_are_checked_and_cached(tmp_path, monkeypatch):
     assert (cache / name).read_bytes() == b"labels"
     monkeypatch.setattr(flax_mnist, "MIRRORS", ())
     flax_mnist._download(name, cache)  # from the cache
+
+
+def read_events(folder):
+    """The events of the one file in a folder, a sequence of TFRecords."""
+    (file,) = folder.glob("events.out.tfevents.*")
+    data, events = file.read_bytes(), []
+    while data:  # length, its checksum, the event, its checksum
+        length = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    return events
+
+
+def test_event_files_hold_the_metrics_and_the_embedding(
+    tmp_path, monkeypatch, optax_promotion
+):
+    monkeypatch.setattr(flax_mnist, "SHARED", tmp_path / "nowhere")
+    data = tensorboard.load(None)  # what takes the place of MNIST
+    assert data[0].shape == (10_000, 784)
+    assert set(np.asarray(data[1])) == set(range(10))
+    setting = tensorboard.Setting(
+        num_replicas=3,
+        num_steps=5,
+        batch_size=8,
+        scalars_every=2,
+        histograms_every=3,
+    )
+    coupling = optax.linear_schedule(1.0, 0.0, 4)
+    with SummaryWriter(str(tmp_path)) as writer:
+        records = tensorboard.train(data, setting, coupling, writer)
+    scalars, histograms = {}, {}
+    for event in read_events(tmp_path):
+        for value in event.summary.value:
+            if value.HasField("histo"):
+                histograms[event.step, value.tag] = value.histo
+            else:
+                scalars[event.step, value.tag] = value.simple_value
+
+    assert [record.step for record in records] == [0, 2, 4]
+    assert [record.scalars["coupling"] for record in records] == [1, 0.5, 0]
+    for record in records:
+        assert record.values.shape == (3,)
+        np.testing.assert_allclose(
+            record.scalars["loss_mean"], record.values.mean(), rtol=1e-6
+        )
+        assert {"slope", "curvature", "saturation"} < record.scalars.keys()
+    assert scalars == {
+        (record.step, f"replicas/{name}"): number
+        for record in records
+        for name, number in record.scalars.items()
+    }
+
+    layers = {"Dense_0": (784, 10), "Dense_1": (10, 10), "Dense_2": (10, 10)}
+    sizes = {"embedding/table": 3 * 4}
+    for layer, (n_in, n_out) in layers.items():
+        for part, rows in (("heads", 4), ("bias", 1)):
+            name = f"embedding/{part}/params/{layer}"
+            sizes[f"{name}/kernel"] = rows * n_in * n_out
+            sizes[f"{name}/bias"] = rows * n_out
+    assert histograms.keys() == {(step, tag) for step in (0, 3) for tag in sizes}
+    for (_, tag), histogram in histograms.items():
+        assert sum(histogram.bucket) == histogram.num == sizes[tag]
+
+    tensorboard.plot(tmp_path / "watch.png", {"pranam": records})
+    assert (tmp_path / "watch.png").read_bytes().startswith(b"\x89PNG")

@@ -70,6 +70,98 @@ def test_metrics_against_numpy(broken):
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("broken", [None, 3])
+def test_projection_against_numpy(broken):
+    params, grads, step_size = make(0), make(1), 3.0
+    couplings = jnp.linspace(0.0, 1.2, R)  # clipped to 1
+
+    def coupling(count):
+        return couplings / (1 + count.astype(jnp.float32))
+
+    tx = pranam_optax.pranam(coupling=coupling, step_size=step_size)
+    state = tx.init(params)
+    _, state = tx.update(make(2), state, params)
+    if broken is not None:
+        grads["w"] = grads["w"].at[broken, 0, 0].set(jnp.inf)
+    _, updated = tx.update(grads, state, params)
+
+    @jax.jit
+    def watch(params, state, grads, updated):
+        return pranam_optax.replica_metrics(
+            params,
+            state,
+            grads=grads,
+            updated=updated,
+            coupling=coupling,
+            step_size=step_size,
+        )
+
+    metrics = watch(params, state, grads, updated)
+    keep = np.arange(R) != broken
+    weights, gradients = flat(params)[keep], flat(grads)[keep]
+    spread = np.sqrt(np.mean((weights - weights.mean(axis=0)) ** 2))
+    target = weights - step_size * spread * gradients / np.sqrt(np.mean(gradients**2))
+    before, after = (
+        flat(pranam_optax.embedding_output(s))[keep] for s in (state, updated)
+    )
+    projected = weights - after
+    cosines = np.sum(gradients * projected, axis=1) / (
+        np.linalg.norm(gradients, axis=1) * np.linalg.norm(projected, axis=1)
+    )
+    expected = {
+        "coupling": np.mean(np.asarray(couplings)[keep] / 2),
+        "projection_cosine": cosines.mean(),
+        "projection_before": np.sum((before - target) ** 2) / 2,
+        "projection_after": np.sum((after - target) ** 2) / 2,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+    assert metrics["projection_after"] < metrics["projection_before"]
+
+
+def test_mixed_dtypes(x64):
+    dtypes = {"w": jnp.bfloat16, "b": jnp.float64}
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), (make(0), make(1)))
+    mixed = tuple({k: x.astype(dtypes[k]) for k, x in tree.items()} for tree in wide)
+    found = []
+    for params, grads in (wide, mixed):
+        tx = pranam_optax.pranam(coupling=0.5)
+        state = tx.init(params)
+        _, updated = tx.update(grads, state, params)
+        metrics = pranam_optax.replica_metrics(
+            params,
+            state,
+            jnp.arange(R, dtype=jnp.float32),
+            grads,
+            updated=updated,
+            coupling=0.5,
+            step_size=4.0,
+        )
+        found.append(metrics)
+    assert found[0]["projection_after"].dtype == jnp.float64
+    for name, value in found[0].items():
+        np.testing.assert_allclose(
+            found[1][name], value, rtol=0.05, atol=0.01, err_msg=name
+        )
+
+
+def test_what_is_not_given_is_left_out():
+    params, grads = make(0), make(1)
+    state = pranam_optax.pranam().init(params)
+
+    def names(*args, **keywords):
+        return set(pranam_optax.replica_metrics(params, *args, **keywords))
+
+    alone = names()
+    assert names(coupling=2.0) - alone == {"coupling"}
+    assert names(updated=state, step_size=4.0) == alone
+    assert names(grads=grads, updated=state, step_size=4.0) - names(grads=grads) == {
+        "projection_cosine"
+    }
+    assert names(coupling=2.0) == names(coupling=2.0, step_size=4.0)
+    assert pranam_optax.replica_metrics(params, coupling=2.0)["coupling"] == 1
+
+
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_effective_rank_counts_equal_directions(rank):
     weights = np.zeros((8, 20), np.float32)
@@ -117,6 +209,25 @@ def test_curvature_against_the_full_hessian():
         np.testing.assert_allclose(found["curvature"][r], g @ h @ g, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("activation", "slope"),
+    [
+        (jnp.tanh, lambda z: 1 - np.tanh(z) ** 2),
+        (jax.nn.relu, lambda z: z > 0),
+        (jax.nn.sigmoid, lambda z: np.exp(-z) / (1 + np.exp(-z)) ** 2),
+    ],
+)
+@pytest.mark.parametrize("threshold", [0.05, 0.2])
+def test_saturation_against_numpy(activation, slope, threshold):
+    inputs = 2 * jax.random.normal(jax.random.key(0), (R, 50, 3))
+    flat = slope(np.asarray(inputs, float)) < threshold
+    np.testing.assert_allclose(
+        pranam_optax.replica_saturation(activation, inputs, threshold=threshold),
+        flat.mean(axis=(1, 2)),
+        rtol=1e-6,
+    )
+
+
 def test_errors():
     params = make()
     with pytest.raises(ValueError, match=r"values has shape \(3,\), expected \(7,\)"):
@@ -127,3 +238,9 @@ def test_errors():
         pranam_optax.replica_metrics(params, optax.adam(1.0).init(params))
     with pytest.raises(ValueError, match="no replica axis"):
         pranam_optax.replica_curvature(jnp.sum)(jnp.zeros([]))
+    with pytest.raises(ValueError, match="no replica axis"):
+        pranam_optax.replica_saturation(jnp.tanh, jnp.zeros([]))
+    with pytest.raises(ValueError, match="needs the state's count"):
+        pranam_optax.replica_metrics(params, coupling=optax.linear_schedule(1, 0, 9))
+    with pytest.raises(ValueError, match=r"coupling has shape \(3,\)"):
+        pranam_optax.replica_metrics(params, coupling=jnp.ones(3))
