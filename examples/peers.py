@@ -41,7 +41,22 @@ def multi_start(
     max_steps: int,
     seed: int,
 ) -> Starts:
-    """Uniform starts, in the coordinates and with the solver that `fit` uses."""
+    """Levenberg-Marquardt from uniform starts."""
+    keys = jax.random.split(jax.random.key(seed), num_starts)
+    draw = jax.vmap(lambda key: jax.random.uniform(key, low.shape, low.dtype))
+    starts = low + (high - low) * np.asarray(draw(keys))
+    return refine(residuals, low, high, starts, max_steps=max_steps)
+
+
+def refine(
+    residuals: Residuals,
+    low: np.ndarray,
+    high: np.ndarray,
+    starts: np.ndarray,
+    *,
+    max_steps: int,
+) -> Starts:
+    """Levenberg-Marquardt, in the coordinates and with the solver that `fit` uses."""
     center, half = (low + high) / 2, (high - low) / 2
     solver: Any = optimistix.LevenbergMarquardt(
         rtol=1e-11, atol=1e-14, linear_solver=lineax.Normal(lineax.Cholesky())
@@ -52,8 +67,9 @@ def multi_start(
 
     @jax.jit
     @jax.vmap
-    def run(key: jax.Array) -> Any:
-        u = jax.random.uniform(key, center.shape, center.dtype, -1, 1)
+    def run(start: jax.Array) -> Any:
+        # On a bound itself the sine is stationary.
+        u = jnp.clip((start - center) / half, -0.999, 0.999)
         solution: Any = optimistix.least_squares(
             lambda z, _: residuals(to_params(z)),
             solver,
@@ -64,8 +80,7 @@ def multi_start(
         b = to_params(solution.value)
         return b, jnp.sum(residuals(b) ** 2), solution.stats["num_steps"]
 
-    keys = jax.random.split(jax.random.key(seed), num_starts)
-    return Starts(*map(np.asarray, run(keys)))
+    return Starts(*map(np.asarray, run(starts)))
 
 
 def polish(residuals: Residuals, b: np.ndarray) -> np.ndarray:

@@ -165,10 +165,11 @@ def study(fit: Fit, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
             peer(residuals, fit.low, fit.high, num_evaluations=budget, seed=seed)[0]
             for seed in range(args.peer_seeds)
         ]
-        polished = [peers.polish(residuals, b) for b in ends]
-        errors[peer.__name__.replace("_", " ")] = rmse(
-            [np.sum(np.square(residuals(b))) for b in polished]
-        )
+        if ends:
+            polished = peers.refine(
+                residuals, fit.low, fit.high, np.stack(ends), max_steps=1000
+            )
+            errors[peer.__name__.replace("_", " ")] = rmse(polished.values)
     best = results[int(np.argmin(errors["fit"]))]
     return {
         "errors": errors,
@@ -180,7 +181,7 @@ def study(fit: Fit, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 
 def table(name: str, row: dict[str, Any]) -> list[str]:
-    errors = {k: v for k, v in row["errors"].items() if len(v)}
+    errors = row["errors"]
     lowest = min(np.nanmin(v) for v in errors.values())
     lines = []
     for method, values in errors.items():
