@@ -2,7 +2,7 @@
 
     python examples/benchmarks/ideas.py                  # goes on where it stopped
     python examples/benchmarks/ideas.py --ideas "weights*" --problems "Schwefel*"
-    python examples/benchmarks/ideas.py --table --each   # what is there, by problem
+    python examples/benchmarks/ideas.py --table          # of what is there
     python examples/benchmarks/ideas.py --cost
     python examples/benchmarks/ideas.py --batches
     python examples/benchmarks/ideas.py --quick
@@ -322,10 +322,11 @@ IDEAS: dict[str, Idea] = {
 
 
 class Family(NamedTuple):
-    """Problems that are summed up together, and the setting that suits them.
+    """Problems that want the same step size and release.
 
     Attributes:
-      max_seeds: seeds to tune on, and to report.
+      rates: learning rates, as in `study.Setting`.
+      max_seeds: how many seeds to tune on, and to report.
     """
 
     problems: tuple[str, ...]
@@ -381,21 +382,15 @@ def run(
     return study(chosen, ["Adam"], ideas, setting, output)
 
 
-def ratio(pairs: Sequence[tuple[Cell, Cell]], what: str) -> str:
+def ratio(ours: Cell, theirs: Cell, what: str) -> str:
     """Ours over theirs with its 95 % interval over seeds; in bold where 1 is outside.
 
-    A geometric mean over problems and seeds.
+    A geometric mean over seeds.
     """
-    if not pairs:
-        return ""
-    logs = [
-        log_floored(getattr(ours, what), ours.floor)
-        - log_floored(getattr(theirs, what), ours.floor)
-        for ours, theirs in pairs
-    ]
-    over_seeds = np.mean(logs, axis=0)
-    low, high = bootstrap_interval(over_seeds)
-    mean, *ends = (number(10**x) for x in (over_seeds.mean(), low, high))
+    logs = log_floored(getattr(ours, what), ours.floor)
+    logs -= log_floored(getattr(theirs, what), theirs.floor)
+    low, high = bootstrap_interval(logs)
+    mean, *ends = (f"{10**x:.2g}" for x in (logs.mean(), low, high))
     text = f"{mean} ({ends[0]} to {ends[1]})"
     return text if low <= 0 <= high else f"**{text}**"
 
@@ -403,25 +398,27 @@ def ratio(pairs: Sequence[tuple[Cell, Cell]], what: str) -> str:
 def table(
     results: Results,
     ideas: Sequence[str],
-    columns: dict[str, tuple[str, ...]],
+    problems: Sequence[str],
     reference: str = "default",
 ) -> str:
-    """A row per idea: score over that of the reference, of the mean and the best."""
+    """Score over that of the reference: mean over replicas / best replica."""
     cells = read(results)
     rows = []
     for idea in ideas:
         row = [idea]
-        for problems in columns.values():
-            pairs = [
-                (cells[name, "Adam", idea], cells[name, "Adam", reference])
-                for name in problems
-                if {(name, "Adam", idea), (name, "Adam", reference)} <= cells.keys()
-            ]
-            row += [ratio(pairs, "mean"), ratio(pairs, "best")]
+        for problem in problems:
+            ours, theirs = (
+                cells.get((problem, "Adam", name)) for name in (idea, reference)
+            )
+            if ours is None or theirs is None:
+                row.append("")
+            else:
+                row.append(
+                    " / ".join(ratio(ours, theirs, what) for what in ("mean", "best"))
+                )
         if any(row[1:]):
             rows.append(row)
-    header = [f"{name}, {what}" for name in columns for what in ("mean", "best")]
-    return lines_of(["idea", *header], rows)
+    return lines_of(["idea", *problems], rows)
 
 
 # Batches: shared by all replicas, or split among them.
@@ -521,7 +518,6 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="folder with the data files")
     parser.add_argument("--seed", type=int, default=100, help="first one reported")
     parser.add_argument("--table", action="store_true", help="only print the table")
-    parser.add_argument("--each", action="store_true", help="a column per problem")
     parser.add_argument("--cost", action="store_true", help="time of a training step")
     parser.add_argument("--batches", action="store_true", help="shared or split")
     parser.add_argument("--quick", action="store_true", help="a few, 20 steps each")
@@ -559,10 +555,8 @@ def main() -> None:
     if not args.table:
         for family in families.values():
             results = run(family, args.problems, ideas, setting, output, args.data_dir)
-    names = {name: family.problems for name, family in families.items()}
-    if args.each:
-        names = {problem: (problem,) for ps in names.values() for problem in ps}
-    print(table(results, ideas, names))
+    problems = [p for family in families.values() for p in family.problems]
+    print(table(results, ideas, select(problems, args.problems)))
 
 
 if __name__ == "__main__":
