@@ -67,8 +67,8 @@ def flax_embedding(
     each other, or be normalised over. Then a replica that is left out of the projection
     still lends its (finite) code to the others.
 
-    For experiments: none of the modules measured in docs/notebook.md was significantly
-    better than the linear `mlp_embedding()`, and dense trunks were much worse.
+    For experiments: of the modules measured in docs/notebook.md none was better than
+    the linear `mlp_embedding()`, and on functions all were much worse.
 
     Args:
       module: a Linen module that maps `[R, K]` to `[R, H]` without randomness. Wrap an
