@@ -68,7 +68,7 @@ def flax_embedding(
     still lends its (finite) code to the others.
 
     For experiments: of the modules measured in docs/notebook.md none was better than
-    the linear `mlp_embedding()`, and on functions all were much worse.
+    the linear `mlp_embedding()`, and all were much worse on Schwefel's function.
 
     Args:
       module: a Linen module that maps `[R, K]` to `[R, H]` without randomness. Wrap an
