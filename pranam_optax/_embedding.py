@@ -556,23 +556,30 @@ def _fit(
     codes = vectors * jnp.sqrt(jnp.sum(finite).astype(dtype))
     phi = phi._replace(table=jnp.where(norms[None] == 0, phi.table, codes))
 
-    def loss(phi: MLPParams) -> jax.Array:
+    # Optax finds the last value in the state by its name, which a param of the trunk
+    # may have too: leaves in a list have none.
+    leaves, treedef = jax.tree.flatten(phi)
+
+    def loss(leaves: list[jax.Array]) -> jax.Array:
+        phi = jax.tree.unflatten(treedef, leaves)
         return projection_loss(apply, phi, params, finite)
 
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
 
-    def step(_: int, carry: tuple[MLPParams, Any]) -> tuple[MLPParams, Any]:
-        phi, state = carry
-        value, grad = value_and_grad(phi, state=state)
+    def step(_: int, carry: tuple[list[jax.Array], Any]) -> tuple[Any, Any]:
+        leaves, state = carry
+        value, grad = value_and_grad(leaves, state=state)
         updates, state = solver.update(
-            grad, state, phi, value=value, grad=grad, value_fn=loss
+            grad, state, leaves, value=value, grad=grad, value_fn=loss
         )
-        return optax.apply_updates(phi, updates), state
+        return optax.apply_updates(leaves, updates), state
 
     # Optax sums inner products of leaves of any dtype, also where promotion is strict.
     with jax.numpy_dtype_promotion("standard"):
-        return jax.lax.fori_loop(0, _FIT_STEPS, step, (phi, solver.init(phi)))[0]
+        carry = leaves, solver.init(leaves)
+        leaves, _ = jax.lax.fori_loop(0, _FIT_STEPS, step, carry)
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _moments(params: PyTree, finite: jax.Array) -> tuple[PyTree, PyTree]:

@@ -90,6 +90,16 @@ def test_modules_train_behind_pranam(module, assert_stable):
     )
 
 
+def test_modules_are_fitted_whatever_their_params_are_called(optax_promotion):
+    # Attention has a param called "value", as has the state of L-BFGS.
+    params, distances = make_params(), {}
+    for warmup in ("rescale", "fit"):
+        embedding = pranam_optax.flax_embedding(Mixing(), width=K, warmup=warmup)
+        output = embedding.apply(init(embedding, params))
+        distances[warmup] = sum(np.sum((output[k] - params[k]) ** 2) for k in params)
+    assert distances["fit"] < 0.1 * distances["rescale"]
+
+
 def test_equal_modules_make_equal_embeddings():
     def apply(width):
         return pranam_optax.flax_embedding(

@@ -113,10 +113,13 @@ def make_starts(task: Task, seeds: Sequence[int]) -> Start:
 
     def start(key: jax.Array) -> Start:
         problem_key, replica_key, batch_key = jax.random.split(key, 3)
+        steps: tuple[int, ...] = (task.num_steps,)
+        if task.batch == "split":  # a key for each replica
+            steps += (task.num_replicas,)
         return Start(
             task.draw(problem_key),
             pranam_optax.replicate(task.init, replica_key, task.num_replicas),
-            jax.random.split(batch_key, task.num_steps),
+            jax.random.split(batch_key, steps),
         )
 
     # It runs once: what takes time is the compilation of the random numbers.
@@ -141,9 +144,11 @@ def make_run(
     """A training run: (data, start, learning rate) to its outcome."""
 
     def run(data: Any, start: Start, rate: jax.Array) -> Outcome:
-        grad_fn = pranam_optax.replica_value_and_grad(
-            lambda params, key: task.loss(data, start.problem, params, key)
-        )
+        def loss(params: Any, key: jax.Array) -> jax.Array:
+            # One key for all replicas, or this replica's share: a single one.
+            return task.loss(data, start.problem, params, jnp.ravel(key)[0])
+
+        grad_fn = pranam_optax.replica_value_and_grad(loss, batch=task.batch)
         first = grad_fn(start.params, start.batches[0])[1]
         unit = rate_unit(method, optimizer, start.params, first)
         schedule = optax.cosine_decay_schedule(rate * unit, task.num_steps)

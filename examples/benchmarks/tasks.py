@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ class Task(NamedTuple):
       max_seeds: how many seeds to tune on and to report at most.
       num_runs: how many runs are computed side by side.
       box: the box to search, for methods that need one.
+      batch: "shared", or "split" where every replica draws a mini-batch of its own.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Task(NamedTuple):
     max_seeds: tuple[int, int] = (5, 10)
     num_runs: int = 16
     box: tuple[np.ndarray, np.ndarray] | None = None
+    batch: Literal["shared", "split"] = "shared"
 
 
 def ellipsoid(dim: int) -> problems.Problem:
