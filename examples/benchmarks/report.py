@@ -503,7 +503,7 @@ def draw_landscape(num_steps: int = 400) -> Any:
         grad_fn = pranam_optax.replica_value_and_grad(problem.fun)
         adam = optax.adam(optax.cosine_decay_schedule(0.1 * half, num_steps))
         # Two codes would express any two weights: one code filters.
-        ours = coupled(pranam_optax.mlp_embedding((1,)))(adam, num_steps)
+        ours = coupled(pranam_optax.mlp_embedding((1,)))(adam, num_steps, 32)
         for ax, (title, tx) in zip(
             row, {"Adam": adam, "pranam + Adam": ours}.items(), strict=True
         ):

@@ -148,7 +148,8 @@ def make_run(
         unit = rate_unit(method, optimizer, start.params, first)
         schedule = optax.cosine_decay_schedule(rate * unit, task.num_steps)
         inner = OPTIMIZERS[optimizer](schedule)
-        tx = optax.with_extra_args_support(ALL[method](inner, task.num_steps))
+        whole = ALL[method](inner, task.num_steps, task.num_replicas)
+        tx = optax.with_extra_args_support(whole)
 
         def step(carry: Any, key: jax.Array) -> Any:
             params, state = carry
