@@ -266,20 +266,48 @@ def test_peer_gets_near_the_minimum():
     assert np.max(cell["scores"]) < 1e-5
 
 
+def test_race_ends_at_the_final_gap_of_the_other():
+    curves = np.array([[8.0, 4.0, 2.0, 1.0], [8.0, 8.0, 8.0, 8.0]])
+    np.testing.assert_allclose(
+        report.part_of_run(curves, np.array([4.0, 1.0])), [1 / 3, np.inf]
+    )
+    np.testing.assert_allclose(report.part_of_run(curves[:1], np.array([1.0])), 1.0)
+    np.testing.assert_allclose(report.part_of_run(curves[:1], np.array([9.0])), 1 / 3)
+
+
+def test_peers_without_gradients_keep_their_evaluations():
+    cells = report.read(report.invented())
+    cell = cells["Ackley 30 rotated", "-", "CMA-ES"]
+    cells["Ackley 30 rotated", "-", "basin hopping"] = cell
+    assert [key[2] for key in report.count_twice(cells, {})] == ["CMA-ES"]
+
+
+def test_step_cost_is_that_of_the_table():
+    cost = float(report.step_cost(ROOT / "docs" / "devices.md"))
+    assert 1 < cost < 10
+    assert report.step_cost(ROOT / "docs" / "none.md") == "unknown"
+
+
 def test_report_tells_won_from_lost_cells():
     cells = report.read(report.invented())
     won = report.compare(cells, "pranam", "independent", "mean")
     lost = report.compare(cells, "independent", "pranam", "mean")
-    assert [c.verdict for c in won] == ["better", "better"]
-    assert [c.verdict for c in lost] == ["worse", "worse"]
+    assert [c.verdict for c in won] == ["better"] * 3
+    assert [c.verdict for c in lost] == ["worse"] * 3
     assert won[0].gain == pytest.approx(10, rel=0.1)
     equal = report.compare(cells, "independent", "normalised", "mean")
-    assert [c.verdict for c in equal] == ["equal", "equal"]
+    assert [c.verdict for c in equal] == ["equal"] * 3
     assert "| 30-D multimodal | Adam |" in report.gain_table(cells, "pranam")
     assert "| **0.09" in report.peer_table(cells)
-    targets = report.target_table(cells)
+    targets = report.target_table(cells, cells)
     assert "mean better | at least 85 % | 1 of 1 (100%) |" in targets
     assert "no peer has a lower median gap | at least half | 1 of 1 |" in targets
+    assert "gradients count twice | at least half | 1 of 1 |" in targets
+
+    assert "| tanh 4-5-1 | 1 | " in report.preset_table(cells, "quarter free")
+    assert "| sphere 30 rotated | Adam | 0.1 | " in report.race_table(
+        cells, "pranam", ["independent"]
+    )
 
     once = report.fill("# Title\n", {"a": "table"})
     assert report.fill(once, {"a": "table"}) == once

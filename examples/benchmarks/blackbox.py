@@ -224,6 +224,7 @@ PEERS: dict[str, Peer] = {
     "PSO": particle_swarm,
     "consensus": consensus,
 }
+GRADIENT_PEERS = ("multi-start L-BFGS", "basin hopping", "dual annealing")
 
 
 def run_peer(
