@@ -10,6 +10,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -292,13 +293,13 @@ def median_gain(cells: Cells, problem: str, optimizer: str, what: str) -> float:
 
 
 def classifier_wins(
-    cells: Cells, method: str, what: str, index: int
+    cells: Cells, problem: str, method: str, what: str, index: int
 ) -> dict[str, bool]:
     """By optimizer: whether average loss and accuracy are better than independent."""
     wins = {}
-    for (problem, optimizer, name), ours in cells.items():
+    for (where, optimizer, name), ours in cells.items():
         theirs = cells.get((problem, optimizer, "independent"))
-        if name != method or theirs is None:
+        if (where, name) != (problem, method) or theirs is None:
             continue
         if ours.accuracy is None or theirs.accuracy is None:
             continue
@@ -490,11 +491,12 @@ def target_table(cells: Cells, double: Cells) -> str:
                 gain = median_gain(cells, problem, "Adam", what)
                 name = f"{problem}, Adam: median gain over the better control, {what}"
                 rows.append((name, aim, f"{gain:.2g}"))
-    for method in ("pranam", "s1 r0.3"):
+    classified = dict.fromkeys(p for (p, _, _), c in cells.items() if c.accuracy)
+    for problem, method in product(classified, ("pranam", "s1 r0.3")):
         for i, what in enumerate(("mean", "best")):
-            wins = classifier_wins(cells, method, what, i)
+            wins = classifier_wins(cells, problem, method, what, i)
             if wins:
-                name = f"MNIST, {method}: lower loss, higher accuracy, {what}"
+                name = f"{problem}, {method}: lower loss, higher accuracy, {what}"
                 won = ", ".join(o for o, win in wins.items() if win) or "none"
                 rows.append((name, "all optimizers", f"{won} (of {', '.join(wins)})"))
     for entries, condition in ((cells, ""), (double, ", gradients count twice")):
@@ -726,6 +728,9 @@ def write(
         "unimodal": race_table(cells, "pranam", ("independent", "normalised")),
         "1000-D": dimension_table(cells, step_cost(folder / "devices.md")),
         "quarter free": preset_table(cells, "quarter free"),
+        "quarter free, cells": verdict_table(
+            cells, "quarter free", ("independent", "normalised", "pranam")
+        ),
         "peers": peer_table(cells),
         "gradients count twice": peer_table(twice),
         "accuracy": accuracy_table(cells),
