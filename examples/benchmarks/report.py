@@ -240,8 +240,12 @@ def gain_table(cells: Cells, ours: str) -> str:
     """Geometric means over problems of the gain, per optimizer."""
     rows = []
     groups = {
-        "30-D multimodal": lambda c: c.kind == "multimodal" and " 30" in c.problem,
-        "10-D multimodal": lambda c: c.kind == "multimodal" and " 10" in c.problem,
+        **{
+            f"{dim}-D multimodal": lambda c, dim=dim: (
+                c.kind == "multimodal" and f" {dim} rotated" in c.problem
+            )
+            for dim in (10, 30, 100)
+        },
         "unimodal": lambda c: c.kind == "unimodal",
         "models": lambda c: c.kind == "model",
     }
