@@ -279,7 +279,7 @@ def gain_table(cells: Cells, ours: str) -> str:
 
 def share(comparisons: Sequence[Comparison], verdict: str) -> str:
     count = sum(c.verdict == verdict for c in comparisons)
-    return f"{count} of {len(comparisons)} ({count / len(comparisons):.0%})"
+    return f"{count} of {len(comparisons)} ({100 * count / len(comparisons):.3g}%)"
 
 
 def median_gain(cells: Cells, problem: str, optimizer: str, what: str) -> float:
