@@ -240,17 +240,11 @@ def gain_table(cells: Cells, ours: str) -> str:
     """Geometric means over problems of the gain, per optimizer."""
     rows = []
     groups = {
-        **{
-            f"{dim}-D multimodal": lambda c, dim=dim: (
-                c.kind == "multimodal" and f" {dim} rotated" in c.problem
-            )
-            for dim in (10, 30, 100)
-        },
-        "unimodal": lambda c: c.kind == "unimodal",
-        "models": lambda c: c.kind == "model",
-    }
+        f"{dim}-D multimodal": ("multimodal", f" {dim} rotated")
+        for dim in (10, 30, 100)
+    } | {"unimodal": ("unimodal", ""), "models": ("model", "")}
     optimizers = dict.fromkeys(o for _, o, _ in cells if o != "-")
-    for group, belongs in groups.items():
+    for group, (kind, part) in groups.items():
         for optimizer in optimizers:
             row = [group, optimizer]
             for theirs in ("independent", ("independent", "normalised")):
@@ -258,7 +252,8 @@ def gain_table(cells: Cells, ours: str) -> str:
                     gains = [
                         c.gain
                         for c in compare(cells, ours, theirs, what)
-                        if belongs(c) and c.optimizer == optimizer
+                        if (c.kind, c.optimizer) == (kind, optimizer)
+                        and part in c.problem
                     ]
                     if gains:
                         row.append(number(float(np.exp(np.mean(np.log(gains))))))
