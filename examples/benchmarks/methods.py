@@ -167,7 +167,6 @@ METHODS: dict[str, Method] = {
 # Other settings of `pranam`, for docs/notebook.md and docs/devices.md.
 PRESETS: dict[str, Method] = {
     "quarter free": coupled(free=0.25),
-    "half free": coupled(free=0.5),
     **{
         f"s{s:g} r{r:g}": coupled(step_size=s, release=r)
         for s, r in ((1, 0.3), (2, 0.3), (2, 0.6), (4, 0.3), (6, 1))

@@ -35,8 +35,8 @@ import pranam_optax
 
 ALL = {**METHODS, **PRESETS}
 
-# The full study: problems, optimizers and methods; 530 cells, most of them of 10 to 60 s
-# on one core.
+# The full study: problems, optimizers and methods; 530 cells, most of them of 10 to
+# 60 s on one core.
 MAIN = ("* 30 rotated", "polynomial", "tanh *", "relu *", "MNIST 10-10")
 CONTROLLED = ("independent", "normalised", "pranam")
 PEERS_100 = ("CMA-ES", "Sep-CMA-ES", "multi-start L-BFGS", "differential evolution")
