@@ -49,6 +49,17 @@ def test_original(optax_promotion):
     jax.tree.map(lambda u: np.testing.assert_allclose(u, -0.1, rtol=1e-5), updates)
 
 
+def test_study(optax_promotion):
+    (example,) = run_blocks("docs/study.md")
+    params, grads = jax.random.normal(jax.random.key(0), (2, 32, 5))
+    tx = example["tx"]
+    updates, _ = tx.update(grads, tx.init(params), params)
+    # Adam's first step goes by the sign: of the gradient, where replicas are free.
+    free, coupled = jnp.split(jnp.sign(updates) == -jnp.sign(grads), [8])
+    assert jnp.all(free)
+    assert not jnp.all(coupled)
+
+
 def test_composition(optax_promotion):
     example = run_blocks("docs/composition.md")[-1]
     assert example["grad_fn"](example["params"])[0].mean() > 20

@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "benchmarks")]
 
 import blackbox  # noqa: E402
 import methods  # noqa: E402
+import nist_problems  # noqa: E402
 import report  # noqa: E402
 import stats  # noqa: E402
 import study  # noqa: E402
@@ -110,6 +111,20 @@ def test_interrupted_study_ends_with_the_same_file(tmp_path, optax_promotion):
     np.testing.assert_array_equal(other[:, 0], means[:, 0])
 
 
+def test_gradient_that_counts_twice_halves_the_steps(tmp_path, optax_promotion):
+    double = TINY._replace(gradient_cost=2)
+    names = ["independent", "multi-start L-BFGS"]
+    output = tmp_path / "double.json"
+    results = study.study({"parabola": tiny_task}, ["SGD"], names, double, output)
+    half = TINY._replace(num_steps=2)
+    other = study.study(
+        {"parabola": tiny_task}, ["SGD"], names[:1], half, tmp_path / "half.json"
+    )
+    cell = "parabola | SGD | independent"
+    assert results[cell] == other[cell]
+    assert results["parabola | - | multi-start L-BFGS"]["budget"] == 4 * 4
+
+
 def test_cell_is_a_training_run(optax_promotion):
     """The scores of a cell are those of momentum written out."""
     task = tiny_task()
@@ -164,6 +179,50 @@ def test_tasks_have_the_losses_of_the_problems():
         np.testing.assert_allclose(predict(params, fit.x.T), expected, rtol=1e-4)
 
 
+def test_convolution_is_that_of_xla():
+    x = jax.random.normal(jax.random.key(0), (2, 9, 9, 3))
+    w = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+    for stride in (1, 2):
+        expected = jax.lax.conv_general_dilated(
+            x, w, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        np.testing.assert_allclose(
+            tasks.convolve(x, w, stride), expected, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_networks_have_logits():
+    for network, size in (
+        (tasks.dense(10, 10), 784 * 10 + 10 + 110 + 110),
+        (tasks.convolutional((4, 4, 8), (3, 2, 16)), 17 * 8 + 73 * 16 + 145 * 10),
+    ):
+        params = network.init(jax.random.key(0))
+        assert optax.tree.size(params) == size
+        assert network.logits(params, jnp.ones((2, 784))).shape == (2, 10)
+
+
+def test_certified_parameters_have_the_certified_loss(optax_promotion):
+    data = ROOT / "tests" / "data" / "nist_strd"
+    task = tasks.nist_regression("Gauss1", data)
+    # The box is 20 |b| wide, its middle 0.
+    z = jnp.arcsin(
+        0.1 * jnp.sign(nist_problems.load(data, ["Gauss1"])["Gauss1"].certified)
+    )
+    assert 0 < task.minimum < 0.01
+    assert task.score(task.data, (), z) == pytest.approx(0, abs=1e-5)
+    loss = task.loss(task.data, (), z, None)
+    assert loss == pytest.approx(task.minimum, abs=1e-5)
+
+
+def test_free_replicas_are_never_coupled(optax_promotion):
+    params, grads = jax.random.normal(jax.random.key(0), (2, 4, 3))
+    tx = methods.PRESETS["quarter free"](optax.identity(), 10, 4)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    normalised, _ = methods.normalize().update(grads, optax.EmptyState(), params)
+    np.testing.assert_allclose(updates[0], normalised[0], rtol=1e-5)
+    assert np.all(np.abs(updates[1:] - normalised[1:]).max(axis=1) > 1e-3)
+
+
 def test_prototype_of_the_notebook_makes_the_step_of_pranam(optax_promotion):
     params = jax.random.normal(jax.random.key(0), (8, 6))
     grads = jax.random.normal(jax.random.key(1), (8, 6))
@@ -207,20 +266,48 @@ def test_peer_gets_near_the_minimum():
     assert np.max(cell["scores"]) < 1e-5
 
 
+def test_race_ends_at_the_final_gap_of_the_other():
+    curves = np.array([[8.0, 4.0, 2.0, 1.0], [8.0, 8.0, 8.0, 8.0]])
+    np.testing.assert_allclose(
+        report.part_of_run(curves, np.array([4.0, 1.0])), [1 / 3, np.inf]
+    )
+    np.testing.assert_allclose(report.part_of_run(curves[:1], np.array([1.0])), 1.0)
+    np.testing.assert_allclose(report.part_of_run(curves[:1], np.array([9.0])), 1 / 3)
+
+
+def test_peers_without_gradients_keep_their_evaluations():
+    cells = report.read(report.invented())
+    cell = cells["Ackley 30 rotated", "-", "CMA-ES"]
+    cells["Ackley 30 rotated", "-", "basin hopping"] = cell
+    assert [key[2] for key in report.count_twice(cells, {})] == ["CMA-ES"]
+
+
+def test_step_cost_is_that_of_the_table():
+    cost = float(report.step_cost(ROOT / "docs" / "devices.md"))
+    assert 1 < cost < 10
+    assert report.step_cost(ROOT / "docs" / "none.md") == "unknown"
+
+
 def test_report_tells_won_from_lost_cells():
     cells = report.read(report.invented())
     won = report.compare(cells, "pranam", "independent", "mean")
     lost = report.compare(cells, "independent", "pranam", "mean")
-    assert [c.verdict for c in won] == ["better", "better"]
-    assert [c.verdict for c in lost] == ["worse", "worse"]
+    assert [c.verdict for c in won] == ["better"] * 3
+    assert [c.verdict for c in lost] == ["worse"] * 3
     assert won[0].gain == pytest.approx(10, rel=0.1)
     equal = report.compare(cells, "independent", "normalised", "mean")
-    assert [c.verdict for c in equal] == ["equal", "equal"]
+    assert [c.verdict for c in equal] == ["equal"] * 3
     assert "| 30-D multimodal | Adam |" in report.gain_table(cells, "pranam")
     assert "| **0.09" in report.peer_table(cells)
-    targets = report.target_table(cells)
+    targets = report.target_table(cells, cells)
     assert "mean better | at least 85 % | 1 of 1 (100%) |" in targets
     assert "no peer has a lower median gap | at least half | 1 of 1 |" in targets
+    assert "gradients count twice | at least half | 1 of 1 |" in targets
+
+    assert "| tanh 4-5-1 | 1 | " in report.preset_table(cells, "quarter free")
+    assert "| sphere 30 rotated | Adam | 0.1 | " in report.race_table(
+        cells, "pranam", ["independent"]
+    )
 
     once = report.fill("# Title\n", {"a": "table"})
     assert report.fill(once, {"a": "table"}) == once

@@ -224,12 +224,16 @@ PEERS: dict[str, Peer] = {
     "PSO": particle_swarm,
     "consensus": consensus,
 }
+GRADIENT_PEERS = ("multi-start L-BFGS", "basin hopping", "dual annealing")
 
 
 def run_peer(
     task: Task, name: str, instances: Arrays, gradient_cost: int = 1
 ) -> dict[str, Any]:
-    """The lowest score that a peer reaches on each instance."""
+    """The lowest score that a peer reaches on each instance.
+
+    It may spend as many evaluations as the gradients of the task's steps count for.
+    """
     assert task.box is not None
     low, high = task.box
     budget = task.num_replicas * task.num_steps * gradient_cost

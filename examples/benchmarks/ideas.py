@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from methods import METHODS, RELEASE, STEP_SIZE, coupled, mean_embedding
+from methods import METHODS, RELEASE, STEP_SIZE, Method, coupled, mean_embedding
 from report import Cell, lines_of, number, read
 from speed import compile_program, interleave
 from stats import bootstrap_interval, log_floored
@@ -34,7 +34,6 @@ from tqdm import tqdm
 import pranam_optax
 from pranam_optax import Embedding, flax_embedding, mlp_embedding, pranam
 
-Method = Callable[[Any, int], Any]
 # A method for every step size and release, which depend on the class of the problem.
 Idea = Callable[[float, float], Method]
 
@@ -48,9 +47,11 @@ def embedded(embedding: Embedding | None) -> Idea:
 
 def led(link: Callable[[int], Any]) -> Idea:
     def idea(step_size: float, release: float) -> Method:
-        def make(inner: Any, num_steps: int) -> Any:
-            tail = coupled(step_size=step_size, release=release)(inner, num_steps)
-            return optax.chain(link(int(release * num_steps)), tail)
+        def make(inner: Any, num_steps: int, num_replicas: int) -> Any:
+            tail = coupled(step_size=step_size, release=release)
+            return optax.chain(
+                link(int(release * num_steps)), tail(inner, num_steps, num_replicas)
+            )
 
         return make
 
@@ -214,7 +215,7 @@ def by_layer(start: Callable[[float], float], end: Callable[[float], float]) -> 
     """
 
     def idea(step_size: float, release: float) -> Method:
-        def make(inner: Any, num_steps: int) -> Any:
+        def make(inner: Any, num_steps: int, _: int) -> Any:
             span = release * num_steps
 
             def link(place: float) -> Any:
@@ -265,7 +266,7 @@ def cross_fade(first: Any, second: Any, num_steps: int) -> Any:
 
 def growing(first: Embedding, second: Embedding) -> Idea:
     def idea(step_size: float, release: float) -> Method:
-        def make(inner: Any, num_steps: int) -> Any:
+        def make(inner: Any, num_steps: int, _: int) -> Any:
             span = int(release * num_steps)
             coupling = optax.linear_schedule(1.0, 0.0, span)
             old, new = (
@@ -488,7 +489,9 @@ def costs(task: Task, family: Family, ideas: Sequence[str], seconds: float) -> A
     programs = {}
     for idea in tqdm(ideas, unit="program"):
         inner = optax.adam(1e-3)
-        tx = IDEAS[idea](family.step_size, family.release)(inner, task.num_steps)
+        tx = IDEAS[idea](family.step_size, family.release)(
+            inner, task.num_steps, task.num_replicas
+        )
         tx = optax.with_extra_args_support(tx)
 
         def step(params: Any, state: Any, rest: Any, tx: Any = tx) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import pranam_optax
@@ -112,6 +113,10 @@ def apply_unshared(phi: Any) -> Any:
     return jax.tree.map(jnp.add, product(table, heads), bias)
 
 
+# Makes the whole optimizer out of the base optimizer and the numbers of steps and of
+# replicas.
+Method = Callable[[Any, int, int], Any]
+
 # The one default, for functions and models alike; see docs/notebook.md.
 RELEASE = 0.6
 STEP_SIZE = 4.0
@@ -122,14 +127,19 @@ def coupled(
     step_size: float = STEP_SIZE,
     release: float = RELEASE,
     every: int = 1,
-) -> Callable[[Any, int], Any]:
-    """`pranam` with its one default: the same for all problems."""
+    free: float = 0.0,
+) -> Method:
+    """`pranam` with its one default: the same for all problems.
 
-    def make(inner: Any, num_steps: int) -> Any:
-        coupling = optax.linear_schedule(1.0, 0.0, int(release * num_steps))
+    The first `free` of the replicas, as a part of them, are never coupled.
+    """
+
+    def make(inner: Any, num_steps: int, num_replicas: int) -> Any:
+        schedule = optax.linear_schedule(1.0, 0.0, int(release * num_steps))
+        is_coupled = np.arange(num_replicas) >= free * num_replicas
         link = pranam_optax.pranam(
             embedding,
-            coupling=coupling,
+            coupling=(lambda count: schedule(count) * is_coupled) if free else schedule,
             step_size=step_size,
             projection_every=every,
         )
@@ -145,18 +155,18 @@ def normalize() -> optax.GradientTransformation:
     )
 
 
-# Each makes the whole optimizer out of the base optimizer and the number of steps.
-METHODS: dict[str, Callable[[Any, int], Any]] = {
-    "independent": lambda inner, num_steps: inner,
-    "normalised": lambda inner, num_steps: optax.chain(normalize(), inner),
+METHODS: dict[str, Method] = {
+    "independent": lambda inner, *_: inner,
+    "normalised": lambda inner, *_: optax.chain(normalize(), inner),
     "pranam": coupled(),
-    "reparametrize": lambda inner, num_steps: pranam_optax.reparametrize(inner),
+    "reparametrize": lambda inner, *_: pranam_optax.reparametrize(inner),
     "to the mean": coupled(mean_embedding()),
     "no sharing": coupled(unshared_embedding()),
 }
 
 # Other settings of `pranam`, for docs/notebook.md and docs/devices.md.
-PRESETS: dict[str, Callable[[Any, int], Any]] = {
+PRESETS: dict[str, Method] = {
+    "quarter free": coupled(free=0.25),
     **{
         f"s{s:g} r{r:g}": coupled(step_size=s, release=r)
         for s, r in ((1, 0.3), (2, 0.3), (2, 0.6), (4, 0.3), (6, 1))

@@ -1,6 +1,6 @@
 """Tables and figures of the study, from the cells that study.py computed.
 
-    python examples/benchmarks/report.py study.json --output docs
+    python examples/benchmarks/report.py study.json --double double.json
     python examples/benchmarks/report.py --quick
 
 Writes study.md with its tables and the figures study_*.png and study_*.svg.
@@ -10,6 +10,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from blackbox import GRADIENT_PEERS
 from methods import METHODS, coupled
 from stats import (
     bootstrap_interval,
@@ -238,13 +240,11 @@ def gain_table(cells: Cells, ours: str) -> str:
     """Geometric means over problems of the gain, per optimizer."""
     rows = []
     groups = {
-        "30-D multimodal": lambda c: c.kind == "multimodal" and " 30" in c.problem,
-        "10-D multimodal": lambda c: c.kind == "multimodal" and " 10" in c.problem,
-        "unimodal": lambda c: c.kind == "unimodal",
-        "models": lambda c: c.kind == "model",
-    }
+        f"{dim}-D multimodal": ("multimodal", f" {dim} rotated")
+        for dim in (10, 30, 100)
+    } | {"unimodal": ("unimodal", ""), "models": ("model", "")}
     optimizers = dict.fromkeys(o for _, o, _ in cells if o != "-")
-    for group, belongs in groups.items():
+    for group, (kind, part) in groups.items():
         for optimizer in optimizers:
             row = [group, optimizer]
             for theirs in ("independent", ("independent", "normalised")):
@@ -252,7 +252,8 @@ def gain_table(cells: Cells, ours: str) -> str:
                     gains = [
                         c.gain
                         for c in compare(cells, ours, theirs, what)
-                        if belongs(c) and c.optimizer == optimizer
+                        if (c.kind, c.optimizer) == (kind, optimizer)
+                        and part in c.problem
                     ]
                     if gains:
                         row.append(number(float(np.exp(np.mean(np.log(gains))))))
@@ -273,7 +274,7 @@ def gain_table(cells: Cells, ours: str) -> str:
 
 def share(comparisons: Sequence[Comparison], verdict: str) -> str:
     count = sum(c.verdict == verdict for c in comparisons)
-    return f"{count} of {len(comparisons)} ({count / len(comparisons):.0%})"
+    return f"{count} of {len(comparisons)} ({100 * count / len(comparisons):.3g}%)"
 
 
 def median_gain(cells: Cells, problem: str, optimizer: str, what: str) -> float:
@@ -291,13 +292,13 @@ def median_gain(cells: Cells, problem: str, optimizer: str, what: str) -> float:
 
 
 def classifier_wins(
-    cells: Cells, method: str, what: str, index: int
+    cells: Cells, problem: str, method: str, what: str, index: int
 ) -> dict[str, bool]:
     """By optimizer: whether average loss and accuracy are better than independent."""
     wins = {}
-    for (problem, optimizer, name), ours in cells.items():
+    for (where, optimizer, name), ours in cells.items():
         theirs = cells.get((problem, optimizer, "independent"))
-        if name != method or theirs is None:
+        if (where, name) != (problem, method) or theirs is None:
             continue
         if ours.accuracy is None or theirs.accuracy is None:
             continue
@@ -307,7 +308,120 @@ def classifier_wins(
     return wins
 
 
-def target_table(cells: Cells) -> str:
+def part_of_run(curves: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """How much of the run passes before each curve `[seed, point]` meets its target.
+
+    Infinite where it never does; at least the distance of two points.
+    """
+    num_points = curves.shape[1]
+    met = curves <= targets[:, None]
+    first = np.maximum(met.argmax(axis=1), 1) / (num_points - 1)
+    return np.where(met.any(axis=1), first, np.inf)
+
+
+class Race(NamedTuple):
+    """Who reaches the final mean gap of independent replicas first.
+
+    Attributes:
+      gap: our final gap over theirs, geometric mean over seeds of floored gaps.
+      evaluations: until our mean gap is as low as their final one, or below the floor,
+        over those of theirs; median over seeds.
+    """
+
+    problem: str
+    optimizer: str
+    gap: float
+    evaluations: float
+
+
+def races(cells: Cells, ours: str, theirs: str) -> list[Race]:
+    """Of all unimodal problems."""
+    found = []
+    for (problem, optimizer, method), our_cell in cells.items():
+        rival = cells.get((problem, optimizer, theirs))
+        if method != ours or our_cell.kind != "unimodal" or rival is None:
+            continue
+        floor = our_cell.floor
+        targets = np.maximum(np.nan_to_num(rival.means[:, -1], nan=np.inf), floor)
+        ratios = part_of_run(our_cell.means, targets) / part_of_run(
+            rival.means, targets
+        )
+        gap = geometric_mean(our_cell.mean, floor) / geometric_mean(rival.mean, floor)
+        found.append(Race(problem, optimizer, float(gap), float(np.median(ratios))))
+    return found
+
+
+def race_table(cells: Cells, ours: str, rivals: Sequence[str]) -> str:
+    rows: dict[tuple[str, str], list[str]] = {}
+    for theirs in rivals:
+        for race in races(cells, ours, theirs):
+            row = rows.setdefault((race.problem, race.optimizer), [])
+            row += [f"{race.gap:.2g}", f"{race.evaluations:.2g}"]
+    header = [
+        f"{what}, against {theirs}"
+        for theirs in rivals
+        for what in ("gap", "evaluations")
+    ]
+    whole = [(*key, *row) for key, row in rows.items() if len(row) == len(header)]
+    return lines_of(("problem", "optimizer", *header), whole)
+
+
+def step_cost(page: Path) -> str:
+    """Time of a step in 1000-D over that of Adam alone, which speed.py measured."""
+    if page.exists():
+        for line in page.read_text().splitlines():
+            if line.startswith("| function, 1000-D, R = 64 | step |"):
+                return line.split(" | ")[4]
+    return "unknown"
+
+
+def dimension_table(cells: Cells, cost: str) -> str:
+    """In 1000-D: gaps beside the cost of a step."""
+    rows = []
+    for problem in dict.fromkeys(p for p, _, _ in cells if p.endswith(" 1000")):
+        for method in ("independent", "normalised", "pranam"):
+            cell = cells.get((problem, "Adam", method))
+            if cell is not None:
+                low, high = bootstrap_interval(cell.mean)
+                mean = f"{number(cell.mean.mean())} ({low:.3g} to {high:.3g})"
+                best = number(cell.best.mean())
+                relative = {"independent": "1", "pranam": cost}.get(method, "")
+                rows.append((problem, method, mean, best, relative))
+    header = ("problem", "method", "gap, mean", "gap, best", "time of a step")
+    return lines_of(header, rows)
+
+
+def preset_table(cells: Cells, ours: str) -> str:
+    """Gains of a preset over the controls and over `pranam`."""
+    rows = []
+    rivals = ("independent", ("independent", "normalised"), "pranam")
+    found = [
+        {(c.problem, c.optimizer): c for c in compare(cells, ours, theirs, what)}
+        for theirs in rivals
+        for what in ("mean", "best")
+    ]
+    for key in found[0]:
+        comparisons = [by_key.get(key) for by_key in found]
+        rows.append(
+            (
+                key[0],
+                *(
+                    ""
+                    if c is None
+                    else f"{c.gain:.2g}" + ("" if c.verdict == "equal" else "*")
+                    for c in comparisons
+                ),
+            )
+        )
+    header = [
+        f"{what}, against {theirs}"
+        for theirs in ("independent", "the better control", "pranam")
+        for what in ("mean", "best")
+    ]
+    return lines_of(("problem", *header), rows)
+
+
+def target_table(cells: Cells, double: Cells) -> str:
     """What was aimed at, and what was measured."""
     rows: list[Sequence[str]] = []
     versus = {w: compare(cells, "pranam", "independent", w) for w in ("mean", "best")}
@@ -332,6 +446,18 @@ def target_table(cells: Cells) -> str:
                 "unimodal cells: gap over that of independent",
                 "at most 1.5",
                 f"at most {1 / worst.gain:.2g} ({where})",
+            )
+        )
+        slowest = max(
+            races(cells, "pranam", "independent"), key=lambda race: race.evaluations
+        )
+        where = f"{slowest.problem}, {slowest.optimizer}"
+        rows.append(
+            (
+                "unimodal cells: evaluations to the final gap of independent, over "
+                "those of independent",
+                "at most 1.5",
+                f"at most {slowest.evaluations:.2g} ({where})",
             )
         )
     for optimizer in ("Adam", "SGD", "Adagrad", "RMSProp"):
@@ -364,19 +490,36 @@ def target_table(cells: Cells) -> str:
                 gain = median_gain(cells, problem, "Adam", what)
                 name = f"{problem}, Adam: median gain over the better control, {what}"
                 rows.append((name, aim, f"{gain:.2g}"))
-    for method in ("pranam", "s1 r0.3"):
+    classified = dict.fromkeys(p for (p, _, _), c in cells.items() if c.accuracy)
+    for problem, method in product(classified, ("pranam", "s1 r0.3")):
         for i, what in enumerate(("mean", "best")):
-            wins = classifier_wins(cells, method, what, i)
+            wins = classifier_wins(cells, problem, method, what, i)
             if wins:
-                name = f"MNIST, {method}: lower loss, higher accuracy, {what}"
+                name = f"{problem}, {method}: lower loss, higher accuracy, {what}"
                 won = ", ".join(o for o, win in wins.items() if win) or "none"
                 rows.append((name, "all optimizers", f"{won} (of {', '.join(wins)})"))
-    peers = peer_medians(cells)
-    if peers:
-        count = sum(medians[0] == min(medians) for medians in peers.values())
-        name = "functions on which no peer has a lower median gap"
-        rows.append((name, "at least half", f"{count} of {len(peers)}"))
+    for entries, condition in ((cells, ""), (double, ", gradients count twice")):
+        for dim in (30, 100):
+            peers = [
+                medians
+                for problem, medians in peer_medians(entries).items()
+                if f" {dim} " in problem
+            ]
+            if peers:
+                count = sum(medians[0] == min(medians) for medians in peers)
+                name = f"{dim}-D functions on which no peer has a lower median gap"
+                measured = f"{count} of {len(peers)}"
+                rows.append((name + condition, "at least half", measured))
     return lines_of(("", "aim", "measured"), rows)
+
+
+def count_twice(cells: Cells, double: Cells) -> Cells:
+    """`double`, whose gradients count twice, with the peers that need none."""
+    return double | {
+        key: cell
+        for key, cell in cells.items()
+        if key[1] == "-" and key[2] not in GRADIENT_PEERS
+    }
 
 
 def peer_names(cells: Cells) -> list[str]:
@@ -384,11 +527,16 @@ def peer_names(cells: Cells) -> list[str]:
 
 
 def peer_medians(cells: Cells) -> dict[str, list[float]]:
-    """Median over seeds of the lowest score, floored: ours, then each peer's."""
+    """Median over seeds of the lowest score, floored: ours, then each peer's.
+
+    Of the multimodal functions that both have been run on.
+    """
     medians = {}
     for problem in dict.fromkeys(p for p, o, _ in cells if o == "-"):
         keys = [("Adam", "pranam"), *(("-", peer) for peer in peer_names(cells))]
         found = [cells.get((problem, *key)) for key in keys]
+        if found[0] is None or found[0].kind != "multimodal":
+            continue
         # Peers run on the first seeds only.
         num_seeds = min(len(c.best) for c in found if c is not None)
         medians[problem] = [
@@ -503,7 +651,7 @@ def draw_landscape(num_steps: int = 400) -> Any:
         grad_fn = pranam_optax.replica_value_and_grad(problem.fun)
         adam = optax.adam(optax.cosine_decay_schedule(0.1 * half, num_steps))
         # Two codes would express any two weights: one code filters.
-        ours = coupled(pranam_optax.mlp_embedding((1,)))(adam, num_steps)
+        ours = coupled(pranam_optax.mlp_embedding((1,)))(adam, num_steps, 32)
         for ax, (title, tx) in zip(
             row, {"Adam": adam, "pranam + Adam": ours}.items(), strict=True
         ):
@@ -543,7 +691,9 @@ CURVES = (
 )
 
 
-def write(cells: Cells, folder: Path, landscape_steps: int = 400) -> None:
+def write(
+    cells: Cells, double: Cells, folder: Path, landscape_steps: int = 400
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -567,13 +717,21 @@ def write(cells: Cells, folder: Path, landscape_steps: int = 400) -> None:
         "unimodal": "Unimodal functions",
         "model": "Models",
     }
+    twice = count_twice(cells, double)
     sections = {
-        "targets": target_table(cells),
+        "targets": target_table(cells, twice),
         "verdicts": verdict_table(
             cells, "pranam", ("independent", "normalised", "to the mean", "no sharing")
         ),
         "gains": gain_table(cells, "pranam"),
+        "unimodal": race_table(cells, "pranam", ("independent", "normalised")),
+        "1000-D": dimension_table(cells, step_cost(folder / "devices.md")),
+        "quarter free": preset_table(cells, "quarter free"),
+        "quarter free, cells": verdict_table(
+            cells, "quarter free", ("independent", "normalised", "pranam")
+        ),
         "peers": peer_table(cells),
+        "gradients count twice": peer_table(twice),
         "accuracy": accuracy_table(cells),
         "won and lost": verdict_lists(cells, "pranam", "independent"),
         **{title: cell_table(cells, kind) for kind, title in titles.items()},
@@ -597,28 +755,43 @@ def fill(text: str, sections: dict[str, str]) -> str:
     return text
 
 
+def read_files(paths: Iterable[Path]) -> Cells:
+    return read(
+        {k: v for path in paths for k, v in json.loads(path.read_text()).items()}
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument(
+        "--double",
+        nargs="*",
+        type=Path,
+        default=[],
+        help="the same of study.py --gradient-cost 2",
+    )
     parser.add_argument("--output", type=Path, default=Path("docs"))
     parser.add_argument("--quick", action="store_true", help="invented results")
     args = parser.parse_args()
     if args.quick:
+        cells = read(invented())
         with tempfile.TemporaryDirectory() as folder:
-            write(read(invented()), Path(folder), landscape_steps=5)
-        return
-    results = {}
-    for path in args.results:
-        results.update(json.loads(path.read_text()))
-    write(read(results), args.output)
+            write(cells, cells, Path(folder), landscape_steps=5)
+    else:
+        write(read_files(args.results), read_files(args.double), args.output)
 
 
 def invented() -> dict[str, Any]:
     """Results in which pranam is ten times better, to try the code."""
     rng = np.random.default_rng(0)
     results = {}
-    for kind, problem in (("multimodal", "Ackley 30"), ("model", "tanh 4-5-1")):
-        for method in ("independent", "normalised", "pranam"):
+    for kind, problem in (
+        ("multimodal", "Ackley 30 rotated"),
+        ("unimodal", "sphere 30 rotated"),
+        ("model", "tanh 4-5-1"),
+    ):
+        for method in ("independent", "normalised", "pranam", "quarter free"):
             level = 0.1 if method == "pranam" else 1.0
             results[f"{problem} | Adam | {method}"] = {
                 "scores": (level * rng.uniform(0.9, 1.1, (5, 4))).tolist(),
@@ -627,7 +800,7 @@ def invented() -> dict[str, Any]:
                 "kind": kind,
                 "solved": 0.1,
             }
-    results["Ackley 30 | - | CMA-ES"] = {
+    results["Ackley 30 rotated | - | CMA-ES"] = {
         "scores": [[0.5]] * 5,
         "kind": "multimodal",
         "solved": 0.1,

@@ -3,6 +3,8 @@
     python examples/benchmarks/study.py --full            # goes on where it stopped
     python examples/benchmarks/study.py --quick
     python examples/benchmarks/study.py --problems "* 30 rotated" --optimizers Adam
+    python examples/benchmarks/study.py --gradient-cost 2 --output double.json \\
+        --problems "* 30 rotated" --methods independent pranam multi* basin* dual*
     python examples/benchmarks/report.py study.json       # tables and figures
 
 Every method gets the same problems (a random instance per seed), the same initial
@@ -33,14 +35,20 @@ import pranam_optax
 
 ALL = {**METHODS, **PRESETS}
 
-# The full study: problems, optimizers and methods; under two hours on two cores.
+# The full study: problems, optimizers and methods; 530 cells, most of them of 10 to
+# 60 s on one core.
 MAIN = ("* 30 rotated", "polynomial", "tanh *", "relu *", "MNIST 10-10")
 CONTROLLED = ("independent", "normalised", "pranam")
+PEERS_100 = ("CMA-ES", "Sep-CMA-ES", "multi-start L-BFGS", "differential evolution")
 FULL = (
     (MAIN, ("Adam",), tuple(METHODS)),
     (MAIN, ("SGD", "Adagrad", "RMSProp"), CONTROLLED),
     (("* 30 rotated",), (), tuple(PEERS)),
     (("H2*", "* 10 rotated", "[SAR][cka]* 100 rotated"), ("Adam",), CONTROLLED),
+    (("MNIST 10-10",), ("Adam", "SGD", "Adagrad", "RMSProp"), ("s1 r0.3",)),
+    (("NIST *", "MNIST conv"), ("Adam",), CONTROLLED),
+    (("polynomial", "tanh *", "relu *", "* 30 rotated"), ("Adam",), ("quarter free",)),
+    (("[SAR][cka]* 100 rotated",), (), PEERS_100),
     (("Schwefel 30 rotated", "Rastrigin 30 rotated", "tanh 4-5-1"), ("*",), CONTROLLED),
     (("* 1000", "MNIST 20-20"), ("Adam",), CONTROLLED),
 )
@@ -60,6 +68,8 @@ class Setting(NamedTuple):
       rates: learning rates, in the units of `methods.rate_unit`.
       num_points: of the loss curves.
       num_steps: if given, in place of the task's own.
+      gradient_cost: evaluations that a gradient counts for. The number of evaluations
+        is the same: methods with gradients make fewer steps.
       optimization_level: of the compiler. What takes most of the time of a small
         problem is compilation, and 1 saves a part of it at no cost.
     """
@@ -69,6 +79,7 @@ class Setting(NamedTuple):
     report_seeds: range = range(100, 110)
     num_points: int = 40
     num_steps: int | None = None
+    gradient_cost: int = 1
     optimization_level: int = 1
 
 
@@ -153,7 +164,8 @@ def make_run(
         unit = rate_unit(method, optimizer, start.params, first)
         schedule = optax.cosine_decay_schedule(rate * unit, task.num_steps)
         inner = OPTIMIZERS[optimizer](schedule)
-        tx = optax.with_extra_args_support(ALL[method](inner, task.num_steps))
+        whole = ALL[method](inner, task.num_steps, task.num_replicas)
+        tx = optax.with_extra_args_support(whole)
 
         def step(carry: Any, key: jax.Array) -> Any:
             params, state = carry
@@ -287,8 +299,8 @@ def study(
                 continue
             if problem != current:
                 current, task, starts = problem, makers[problem](), None
-                if setting.num_steps:
-                    task = task._replace(num_steps=setting.num_steps)
+                num_steps = setting.num_steps or task.num_steps
+                task = task._replace(num_steps=num_steps // setting.gradient_cost)
             assert task is not None
             if method in PEERS and task.box is None:
                 continue
@@ -299,7 +311,9 @@ def study(
             num_tuning = len(tuning_seeds)
             if method in PEERS:
                 report = pick(starts, slice(num_tuning, num_tuning + PEER_SEEDS))
-                results[name] = run_peer(task, method, report.problem)
+                results[name] = run_peer(
+                    task, method, report.problem, setting.gradient_cost
+                )
             else:
                 results[name] = compare(
                     task, method, optimizer, starts, num_tuning, setting
@@ -317,6 +331,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default study.json")
     parser.add_argument("--data-dir", type=Path, help="folder with the data files")
     parser.add_argument("--report-seeds", type=int, default=10)
+    parser.add_argument(
+        "--gradient-cost", type=int, default=1, help="evaluations per gradient"
+    )
     parser.add_argument("--quick", action="store_true", help="two small problems")
     parser.add_argument("--full", action="store_true", help="the whole plan")
     parser.add_argument("--list", action="store_true", help="list the names and stop")
@@ -335,7 +352,10 @@ def main() -> None:
     output = args.output or Path("study_quick.json" if args.quick else "study.json")
     setting = QUICK if args.quick else Setting()
     if not args.quick:
-        setting = setting._replace(report_seeds=range(100, 100 + args.report_seeds))
+        setting = setting._replace(
+            report_seeds=range(100, 100 + args.report_seeds),
+            gradient_cost=args.gradient_cost,
+        )
     chosen = (
         args.problems or (QUICK_PROBLEMS if args.quick else ["*"]),
         args.optimizers,

@@ -309,6 +309,8 @@ VARIANTS: dict[str, Knobs] = {
         f"K{k:g} s{s:g} r0.6": Knobs(step=s, release=0.6, width=k)
         for k, s in ((0, 4), (2, 4), (3, 4), (6, 4), (8, 4), (8, 8), (4, 3), (4, 5))
     },
+    # sqrt(R) / 2 for 32 replicas.
+    "s2.83 r0.6": Knobs(step=2.83, release=0.6),
     "s4 r0.45": Knobs(step=4.0, release=0.45),
     "s4 r0.8": Knobs(step=4.0, release=0.8),
     "s4 r0.6 power 2": Knobs(step=4.0, release=0.6, power=2.0),
