@@ -151,3 +151,13 @@ def test_ideas_keep_the_types_of_a_training_step(name, optax_promotion):
     updates, new_state = jax.eval_shape(tx.update, params, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+
+def test_saturation_is_that_of_the_fitted_output(optax_promotion):
+    """With weights far beyond 1 all outputs are flat, with small ones none is."""
+    for size, flat in ((50.0, 1.0), (0.1, 0.0)):
+        task = tiny_task()
+        draw = task.init
+        task = task._replace(init=lambda key, size=size: size * jnp.sign(draw(key)))
+        rows = ideas.saturation(task, 1e-6, range(2))
+        assert [row[1][:4] for row in rows] == [f"{flat:.2f}"] * 4

@@ -5,6 +5,7 @@
     python examples/benchmarks/ideas.py --table          # of what is there
     python examples/benchmarks/ideas.py --cost
     python examples/benchmarks/ideas.py --batches
+    python examples/benchmarks/ideas.py --saturation     # after the tanh output
     python examples/benchmarks/ideas.py --quick
 
 Each idea is `pranam` with one change, run as a method of the study, and compared with
@@ -23,7 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from methods import METHODS, RELEASE, STEP_SIZE, Method, coupled, mean_embedding
+from methods import (
+    METHODS,
+    RELEASE,
+    STEP_SIZE,
+    Method,
+    coupled,
+    mean_embedding,
+    rate_unit,
+)
 from report import Cell, lines_of, number, read
 from speed import compile_program, interleave
 from stats import bootstrap_interval, log_floored
@@ -478,6 +487,57 @@ def batch_table(results: Results) -> str:
     return lines_of([*header, "accuracy, mean", "accuracy, best"], rows)
 
 
+# Saturation.
+
+
+def saturation(task: Task, rate: float, seeds: Sequence[int]) -> list[list[str]]:
+    """What a tanh at the output does to the share of weights that can still move.
+
+    Runs of the idea "tanh output": the share of outputs where the slope of the tanh is
+    below 0.1, at three times.
+    """
+    family = FAMILIES["teacher nets"]
+    make = IDEAS["tanh output"](family.step_size, family.release)
+
+    def flat(state: Any) -> jax.Array:
+        outputs = jax.tree.leaves(pranam_optax.embedding_output(state))
+        share = [jnp.sum(1 - y**2 < 0.1) for y in outputs]
+        return sum(share) / sum(y.size for y in outputs)
+
+    def run(start: Any) -> tuple[jax.Array, jax.Array]:
+        grad_fn = pranam_optax.replica_value_and_grad(
+            lambda params, key: task.loss(task.data, start.problem, params, key)
+        )
+        first = grad_fn(start.params, start.batches[0])[1]
+        unit = rate_unit("tanh output", "Adam", start.params, first)
+        inner = optax.adam(optax.cosine_decay_schedule(rate * unit, task.num_steps))
+        tx = make(inner, task.num_steps, task.num_replicas)
+
+        def step(carry: Any, key: jax.Array) -> Any:
+            params, state = carry
+            _, grads = grad_fn(params, key)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), flat(state)
+
+        carry = start.params, tx.init(start.params)
+        (params, _), shares = jax.lax.scan(step, carry, start.batches)
+        large = [jnp.sum(jnp.abs(x) > 1) for x in jax.tree.leaves(params)]
+        beyond = sum(large) / sum(x.size for x in jax.tree.leaves(params))
+        return shares[jnp.array([0, len(shares) // 2, -1])], beyond
+
+    shares, beyond = jax.jit(jax.vmap(run))(make_starts(task, seeds))
+    return [
+        [name, f"{values.mean():.2f} ({low:.2f} to {high:.2f})"]
+        for name, values in (
+            ("flat outputs, first step", np.asarray(shares[:, 0])),
+            ("flat outputs, half of the run", np.asarray(shares[:, 1])),
+            ("flat outputs, end", np.asarray(shares[:, 2])),
+            ("weights of the replicas beyond 1, end", np.asarray(beyond)),
+        )
+        for low, high in [bootstrap_interval(values)]
+    ]
+
+
 # Costs.
 
 
@@ -523,6 +583,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--cost", action="store_true", help="time of a training step")
     parser.add_argument("--batches", action="store_true", help="shared or split")
+    parser.add_argument("--saturation", action="store_true", help="of tanh outputs")
     parser.add_argument("--quick", action="store_true", help="a few, 20 steps each")
     args = parser.parse_args()
 
@@ -542,6 +603,13 @@ def main() -> None:
         }
         rows = [[idea, *(f"{x[idea]:.2f}" for x in found.values())] for idea in ideas]
         print(lines_of(["idea", *found], rows))
+        return
+
+    if args.saturation:
+        name = "tanh 4-5-1"
+        rate = json.loads(output.read_text())[f"{name} | Adam | tanh output"]["rate"]
+        rows = saturation(make_tasks(args.data_dir)[name](), rate, seeds)
+        print(lines_of(["share", "mean over seeds"], rows))
         return
 
     if args.batches:
