@@ -77,7 +77,7 @@ def test_layers_are_released_in_turn(optax_promotion):
     params = make_layers()
     grads = jax.tree.map(lambda x: x + 1, params)
     idea = ideas.IDEAS["first layer released first"](4.0, 1.0)
-    tx = idea(optax.identity(), 4)
+    tx = idea(optax.identity(), 4, R)
     state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(3):  # the first layer is coupled for two steps of four
         updates, state = update(grads, state, params)
@@ -131,22 +131,22 @@ def test_ratios_are_paired_by_seed():
     results = report.invented()
     cells = report.read(results)
     ours, theirs = (
-        cells["Ackley 30", "Adam", name] for name in ("pranam", "normalised")
+        cells["Ackley 30 rotated", "Adam", name] for name in ("pranam", "normalised")
     )
     assert ideas.ratio(ours, ours, "mean") == "1 (1 to 1)"
     gain = 10 ** np.mean(np.log10(ours.mean / theirs.mean))
     assert ideas.ratio(ours, theirs, "mean").startswith(f"**{gain:.2g} (")
-    problems = ["Ackley 30", "tanh 4-5-1", "none"]
+    problems = ["Ackley 30 rotated", "tanh 4-5-1", "none"]
     table = ideas.table(results, ["pranam", "pairs"], problems, "independent")
     header, _, row = table.splitlines()  # none of what was not run
-    assert header == "| idea | Ackley 30 | tanh 4-5-1 | none |"
+    assert header == "| idea | Ackley 30 rotated | tanh 4-5-1 | none |"
     assert row.startswith("| pranam | **0.")
 
 
 @pytest.mark.parametrize("name", ["pairs", "layer codes", "K 0 to 4", "attention"])
 def test_ideas_keep_the_types_of_a_training_step(name, optax_promotion):
     params = make_layers(3)
-    tx = ideas.IDEAS[name](4.0, 0.6)(optax.adam(0.1), 10)
+    tx = ideas.IDEAS[name](4.0, 0.6)(optax.adam(0.1), 10, R)
     state = jax.eval_shape(tx.init, params)
     updates, new_state = jax.eval_shape(tx.update, params, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
