@@ -234,7 +234,6 @@ def _step(
     gradients = mask_replicas(finite, cast(updates))
     weights = mask_replicas(finite, cast(params))
     size = sum(x.size for x in jax.tree.leaves(params)) // num_replicas
-    rounding = 8 * jnp.finfo(dtype).eps
 
     def root_mean(norms: jax.Array) -> jax.Array:
         largest = positive(jnp.max(norms, where=finite, initial=0.0))
@@ -248,7 +247,7 @@ def _step(
     def rms_of_pull(rms: Callable[[jax.Array], jax.Array], phi: PyTree) -> jax.Array:
         pull_rms = rms(replica_norms(pull(phi), dtype))
         # A pull that is nothing but rounding is no pull.
-        return jnp.where(pull_rms > rounding * rms(weight_norms), pull_rms, 0.0)
+        return jnp.where(pull_rms > _rounding(rms(weight_norms)), pull_rms, 0.0)
 
     def project(phi: PyTree, projection: optax.OptState) -> tuple[Any, ...]:
         # 1. G^ = G / rms(G)
@@ -332,10 +331,15 @@ def projection_target(
     step_size: float | jax.Array,
 ) -> PyTree:
     """T = W - s * sigma * G^; for equal replicas sigma is the RMS of the weights."""
-    identical = spread <= 8 * jnp.finfo(spread.dtype).eps * weight_rms
+    identical = spread <= _rounding(weight_rms)
     sigma = jnp.where(identical, positive(weight_rms), spread)
     distance = jnp.asarray(step_size, spread.dtype) * sigma
     return jax.tree.map(jnp.subtract, weights, scale(distance, normalized))
+
+
+def _rounding(weight_rms: jax.Array) -> jax.Array:
+    """The RMS up to which differences of weights may be nothing but rounding."""
+    return 8 * jnp.finfo(weight_rms.dtype).eps * weight_rms
 
 
 def _descend(

@@ -15,9 +15,11 @@ import pranam_optax
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "benchmarks")]
 
+import flax_mnist  # noqa: E402
 import ideas  # noqa: E402
 import report  # noqa: E402
 import study  # noqa: E402
+import tasks  # noqa: E402
 from test_study import tiny_task  # noqa: E402
 
 R = 8
@@ -125,6 +127,28 @@ def test_split_batches_are_drawn_by_each_replica(optax_promotion):
         scores = np.asarray(jax.jit(run)((), start._replace(params=params), 0.1).scores)
         spread[batch] = scores[0] != scores[2]
     assert spread == {"shared": False, "split": True}
+
+
+def test_batches_have_their_sizes(monkeypatch, optax_promotion):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, y = jax.random.normal(keys[0], (64, 784)), jnp.arange(64) % 10
+    monkeypatch.setattr(tasks, "load_mnist", lambda _: flax_mnist.Mnist(x, y, x, y))
+    made = ideas.batch_tasks(tasks.make_tasks()["MNIST 10-10"])
+    assert len(made) == 13
+    for name, size, num in (("R = 4, 32 each, split", 32, 4), ("R = 64, 2", 2, 64)):
+        (key,) = [key for key in made if key.startswith(name) and "split" in key]
+        task = made[key]()
+        params = task.init(keys[1])
+        losses = []
+        for i in jax.random.randint(keys[2], (size,), 0, 64):
+            (layer, middle, last), hidden = params, x[i]
+            for part in (layer, middle):
+                hidden = jax.nn.relu(hidden @ part["w"] + part["b"])
+            logits = hidden @ last["w"] + last["b"]
+            losses.append(-jax.nn.log_softmax(logits)[y[i]])
+        found = task.loss(task.data, (), params, keys[2])
+        np.testing.assert_allclose(found, np.mean(losses), rtol=1e-5)
+        assert (task.num_replicas, task.batch) == (num, "split")
 
 
 def test_ratios_are_paired_by_seed():

@@ -24,19 +24,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from methods import (
-    METHODS,
-    RELEASE,
-    STEP_SIZE,
-    Method,
-    coupled,
-    mean_embedding,
-    rate_unit,
-)
+from methods import METHODS, RELEASE, STEP_SIZE, Method, coupled, mean_embedding
 from report import Cell, lines_of, number, read
 from speed import compile_program, interleave
 from stats import bootstrap_interval, log_floored
-from study import ALL, QUICK, Results, Setting, make_starts, pick, select, study
+from study import (
+    ALL,
+    QUICK,
+    Results,
+    Setting,
+    make_starts,
+    pick,
+    select,
+    study,
+    train,
+)
 from tasks import Task, make_tasks
 from tqdm import tqdm
 
@@ -438,25 +440,17 @@ BUDGETS, REPLICAS = (128, 512), (4, 16, 64)
 
 
 def batch_task(
-    make: Callable[[], Task], num_replicas: int, size: int, split: bool
+    make: Callable[..., Task], num_replicas: int, size: int, split: bool
 ) -> Task:
     """MNIST, where every replica sees `size` images in a step."""
-    task = make()
-
-    def loss(data: Any, arrays: Any, params: Any, key: jax.Array) -> jax.Array:
-        batch = jax.random.randint(key, (size,), 0, len(data.train_x))
-        images = data._replace(train_x=data.train_x[batch], train_y=data.train_y[batch])
-        return task.score(images, arrays, params)
-
-    return task._replace(
-        loss=loss,
+    return make(batch_size=size)._replace(
         num_replicas=num_replicas,
         batch="split" if split else "shared",
         max_seeds=FAMILIES["MNIST"].max_seeds,
     )
 
 
-def batch_tasks(make: Callable[[], Task]) -> dict[str, Callable[[], Task]]:
+def batch_tasks(make: Callable[..., Task]) -> dict[str, Callable[[], Task]]:
     cells = [
         (num, budget // num, split)
         for num in REPLICAS
@@ -496,31 +490,16 @@ def saturation(task: Task, rate: float, seeds: Sequence[int]) -> list[list[str]]
     Runs of the idea "tanh output": the share of outputs where the slope of the tanh is
     below 0.1, at three times.
     """
-    family = FAMILIES["teacher nets"]
-    make = IDEAS["tanh output"](family.step_size, family.release)
+    name, family = "tanh output", FAMILIES["teacher nets"]
+    ALL[name] = IDEAS[name](family.step_size, family.release)
 
-    def flat(state: Any) -> jax.Array:
+    def flat(_: jax.Array, state: Any) -> jax.Array:
         outputs = jax.tree.leaves(pranam_optax.embedding_output(state))
         share = [jnp.sum(1 - y**2 < 0.1) for y in outputs]
         return sum(share) / sum(y.size for y in outputs)
 
     def run(start: Any) -> tuple[jax.Array, jax.Array]:
-        grad_fn = pranam_optax.replica_value_and_grad(
-            lambda params, key: task.loss(task.data, start.problem, params, key)
-        )
-        first = grad_fn(start.params, start.batches[0])[1]
-        unit = rate_unit("tanh output", "Adam", start.params, first)
-        inner = optax.adam(optax.cosine_decay_schedule(rate * unit, task.num_steps))
-        tx = make(inner, task.num_steps, task.num_replicas)
-
-        def step(carry: Any, key: jax.Array) -> Any:
-            params, state = carry
-            _, grads = grad_fn(params, key)
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), flat(state)
-
-        carry = start.params, tx.init(start.params)
-        (params, _), shares = jax.lax.scan(step, carry, start.batches)
+        params, shares = train(task, name, "Adam", task.data, start, rate, flat)
         large = [jnp.sum(jnp.abs(x) > 1) for x in jax.tree.leaves(params)]
         beyond = sum(large) / sum(x.size for x in jax.tree.leaves(params))
         return shares[jnp.array([0, len(shares) // 2, -1])], beyond

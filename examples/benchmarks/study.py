@@ -149,36 +149,51 @@ def pick(starts: Start, seeds: Any) -> Start:
     return jax.tree.map(lambda x: x[seeds], starts)
 
 
+def train(
+    task: Task,
+    method: str,
+    optimizer: str,
+    data: Any,
+    start: Start,
+    rate: jax.Array | float,
+    watch: Callable[[jax.Array, Any], Any],
+) -> tuple[Any, Any]:
+    """Params at the end of a training run, and watch(values, state) of each step."""
+
+    def loss(params: Any, key: jax.Array) -> jax.Array:
+        # One key for all replicas, or this replica's share: a single one.
+        return task.loss(data, start.problem, params, jnp.ravel(key)[0])
+
+    grad_fn = pranam_optax.replica_value_and_grad(loss, batch=task.batch)
+    first = grad_fn(start.params, start.batches[0])[1]
+    unit = rate_unit(method, optimizer, start.params, first)
+    schedule = optax.cosine_decay_schedule(rate * unit, task.num_steps)
+    inner = OPTIMIZERS[optimizer](schedule)
+    whole = ALL[method](inner, task.num_steps, task.num_replicas)
+    tx = optax.with_extra_args_support(whole)
+
+    def step(carry: Any, key: jax.Array) -> Any:
+        params, state = carry
+        values, grads = grad_fn(params, key)
+        updates, state = tx.update(grads, state, params, values=values)
+        return (optax.apply_updates(params, updates), state), watch(values, state)
+
+    carry = start.params, tx.init(start.params)
+    (params, _), watched = jax.lax.scan(step, carry, start.batches)
+    return params, watched
+
+
 def make_run(
     task: Task, method: str, optimizer: str, num_points: int
 ) -> Callable[[Any, Start, jax.Array], Outcome]:
     """A training run: (data, start, learning rate) to its outcome."""
 
+    def levels(values: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
+        level = values - task.minimum
+        return level.mean(), level.min()
+
     def run(data: Any, start: Start, rate: jax.Array) -> Outcome:
-        def loss(params: Any, key: jax.Array) -> jax.Array:
-            # One key for all replicas, or this replica's share: a single one.
-            return task.loss(data, start.problem, params, jnp.ravel(key)[0])
-
-        grad_fn = pranam_optax.replica_value_and_grad(loss, batch=task.batch)
-        first = grad_fn(start.params, start.batches[0])[1]
-        unit = rate_unit(method, optimizer, start.params, first)
-        schedule = optax.cosine_decay_schedule(rate * unit, task.num_steps)
-        inner = OPTIMIZERS[optimizer](schedule)
-        whole = ALL[method](inner, task.num_steps, task.num_replicas)
-        tx = optax.with_extra_args_support(whole)
-
-        def step(carry: Any, key: jax.Array) -> Any:
-            params, state = carry
-            values, grads = grad_fn(params, key)
-            updates, state = tx.update(grads, state, params, values=values)
-            level = values - task.minimum
-            return (
-                (optax.apply_updates(params, updates), state),
-                (level.mean(), level.min()),
-            )
-
-        carry = start.params, tx.init(start.params)
-        (params, _), curves = jax.lax.scan(step, carry, start.batches)
+        params, curves = train(task, method, optimizer, data, start, rate, levels)
         points = np.linspace(0, task.num_steps - 1, num_points).round().astype(int)
         means, bests = (curve[points] for curve in curves)
         evaluate = partial(jax.lax.map, xs=params, batch_size=task.num_replicas)

@@ -252,9 +252,10 @@ def mnist(
     network: Network,
     num_steps: int = 500,
     max_seeds: tuple[int, int] = (1, 5),
+    batch_size: int = 128,
     data_dir: Path | None = None,
 ) -> Task:
-    """MNIST in mini-batches of 128."""
+    """MNIST in mini-batches."""
 
     def mean_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(
@@ -262,7 +263,7 @@ def mnist(
         ).mean()
 
     def batch_loss(data: Any, _: Arrays, params: Any, key: jax.Array) -> jax.Array:
-        batch = jax.random.randint(key, (128,), 0, len(data.train_x))
+        batch = jax.random.randint(key, (batch_size,), 0, len(data.train_x))
         return mean_loss(params, data.train_x[batch], data.train_y[batch])
 
     def thousands(fun: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
