@@ -20,6 +20,7 @@ import ideas  # noqa: E402
 import report  # noqa: E402
 import study  # noqa: E402
 import tasks  # noqa: E402
+from methods import METHODS  # noqa: E402
 from test_study import tiny_task  # noqa: E402
 
 R = 8
@@ -113,6 +114,41 @@ def test_weights_follow_squares_and_the_best():
     assert shares[2] == 1
 
 
+def test_restarts_go_nine_tenths_of_the_way_to_the_better_half(optax_promotion):
+    idea = ideas.restarted(lambda step_size, release: lambda inner, *_: inner, 0.5)
+    tx = idea(4.0, 0.6)(optax.sgd(0.0, momentum=0.9), 2, 4)
+    params = jnp.array([[1.0], [2.0], [3.0], [4.0]])
+    grads = 10 * params
+    values = jnp.array([3.0, 0.0, 1.0, 2.0])  # best first: 1, 2, 3, 0
+    state = tx.init(params)
+    updates, state = tx.update(grads, state, params, values=values)
+    np.testing.assert_array_equal(updates, np.zeros((4, 1)))
+    updates, state = tx.update(grads, state, params, values=values)
+    np.testing.assert_allclose(updates[:, 0], [0.9, 0, 0, -0.9], rtol=1e-6)
+    trace = state[1][0].trace[:, 0]
+    np.testing.assert_allclose(trace, 19 * np.array([2.0, 2.0, 3.0, 3.0]), rtol=1e-6)
+
+
+def test_noise_in_the_codes_is_relative_to_their_spread(optax_promotion):
+    params = jax.random.normal(jax.random.key(0), (512, 6))
+    grads = jax.random.normal(jax.random.key(1), (512, 6))
+    state = pranam_optax.pranam().init(params)
+    table = state.embedding.args[0].table
+    for noise in (0.5, 2.0):
+        moved = ideas.shake(noise, state).embedding.args[0].table - table
+        ratio = moved.std(axis=0) / table.std(axis=0)
+        np.testing.assert_allclose(ratio, noise, rtol=0.1)
+    again = ideas.shake(0.5, state._replace(count=state.count + 1))
+    assert not np.array_equal(again.embedding.args[0].table, table)
+
+    plain = METHODS["pranam"](optax.identity(), 10, 512)
+    still = ideas.shaken(0.0)(4.0, 0.6)(optax.identity(), 10, 512)
+    expected, found = (
+        tx.update(grads, tx.init(params), params)[0] for tx in (plain, still)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_split_batches_are_drawn_by_each_replica(optax_promotion):
     task = tiny_task()._replace(
         init=lambda key: jnp.zeros(2),
@@ -167,7 +203,17 @@ def test_ratios_are_paired_by_seed():
     assert row.startswith("| pranam | **0.")
 
 
-@pytest.mark.parametrize("name", ["pairs", "layer codes", "K 0 to 4", "attention"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pairs",
+        "layer codes",
+        "K 0 to 4",
+        "attention",
+        "code noise 0.3",
+        "tanh trunk, 4 steps of L-BFGS",
+    ],
+)
 def test_ideas_keep_the_types_of_a_training_step(name, optax_promotion):
     params = make_layers(3)
     tx = ideas.IDEAS[name](4.0, 0.6)(optax.adam(0.1), 10, R)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import Partial
 from methods import METHODS, RELEASE, STEP_SIZE, Method, coupled, mean_embedding
 from report import Cell, lines_of, number, read
 from speed import compile_program, interleave
@@ -92,6 +93,48 @@ def squared() -> Any:
         return jax.tree.map(lambda g: jnp.einsum("r,r...->r...", weight, g), updates)
 
     return optax.stateless(update)
+
+
+def restarted(method: Idea, *times: float) -> Idea:
+    """At these parts of the run the worse half of the replicas follows the better one.
+
+    Each goes nine tenths of the way to one of the better half, the worst to the best,
+    and takes over what the optimizer keeps for it.
+    """
+
+    def idea(step_size: float, release: float) -> Method:
+        def make(inner: Any, num_steps: int, num_replicas: int) -> Any:
+            tx = method(step_size, release)(inner, num_steps, num_replicas)
+            tx = optax.with_extra_args_support(tx)
+            steps = jnp.array([int(time * num_steps) for time in times])
+
+            def update(updates: Any, state: Any, params: Any, *, values: Any) -> Any:
+                count, rest = state
+                updates, rest = tx.update(updates, rest, params, values=values)
+                order = jnp.argsort(values)
+                worse = jnp.any(count == steps) & (
+                    jnp.arange(num_replicas) >= num_replicas // 2
+                )
+                places = jnp.where(worse, order[::-1], order)
+                source = jnp.zeros_like(order).at[order].set(places)
+
+                def follow(x: jax.Array) -> jax.Array:
+                    has_rows = x.ndim > 0 and len(x) == num_replicas
+                    return x[source] if has_rows else x
+
+                moves = jax.tree.map(
+                    lambda u, p: u[source] + 0.9 * (p[source] - p), updates, params
+                )
+                return moves, (count + 1, jax.tree.map(follow, rest))
+
+            def init(params: Any) -> Any:
+                return jnp.zeros([], jnp.int32), tx.init(params)
+
+            return optax.GradientTransformationExtraArgs(init, update)
+
+        return make
+
+    return idea
 
 
 # Other structures of the embedding.
@@ -216,6 +259,39 @@ def bounded(output_activation: Callable[[jax.Array], jax.Array]) -> Embedding:
     return mlp_embedding(output_activation=output_activation)
 
 
+# Other projections.
+
+
+def shake(noise: float, state: pranam_optax.PranamState) -> pranam_optax.PranamState:
+    """Adds noise to the table, in units of the standard deviation of each code."""
+    apply, phi = state.embedding.func, state.embedding.args[0]
+    drawn = jax.random.normal(
+        jax.random.fold_in(jax.random.key(1), state.count), phi.table.shape
+    )
+    size = noise * phi.table.std(axis=0, keepdims=True)
+    phi = phi._replace(table=phi.table + size * drawn)
+    return state._replace(embedding=Partial(apply, phi))
+
+
+def shaken(noise: float) -> Idea:
+    """Noise in the table before every update."""
+
+    def idea(step_size: float, release: float) -> Method:
+        def make(inner: Any, num_steps: int, _: int) -> Any:
+            coupling = optax.linear_schedule(1.0, 0.0, int(release * num_steps))
+            link = pranam(coupling=coupling, step_size=step_size)
+
+            def update(updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+                return link.update(updates, shake(noise, state), params, **extra)
+
+            shaking = optax.GradientTransformationExtraArgs(link.init, update)
+            return optax.chain(shaking, inner)
+
+        return make
+
+    return idea
+
+
 # Hierarchical training: couplings of layers, and embeddings that grow.
 
 
@@ -301,9 +377,34 @@ IDEAS: dict[str, Idea] = {
     "weights 0.3": weights(0.3),
     "weights 10 to 0.1": led(to_the_best),
     "weights by square": led(lambda _: squared()),
+    # the end
+    "restarts": restarted(embedded(None), RELEASE),
+    "three restarts": restarted(embedded(None), RELEASE, 0.7, 0.8),
+    "quarter free": partial(coupled, None, free=0.25),
+    "quarter free, restarts": restarted(partial(coupled, None, free=0.25), RELEASE),
+    "normalised, restarts": restarted(
+        lambda step_size, release: METHODS["normalised"], RELEASE
+    ),
+    # projection
+    "2 projection steps": partial(coupled, None, projection_steps=2),
+    "8 projection steps": partial(coupled, None, projection_steps=8),
+    "code noise 0.03": shaken(0.03),
+    "code noise 0.3": shaken(0.3),
     # structure
     "relu trunk": embedded(flax_embedding(Trunk(nn.relu))),
     "tanh trunk": embedded(flax_embedding(Trunk())),
+    "tanh trunk, 8 steps of Adam": partial(
+        coupled,
+        flax_embedding(Trunk()),
+        projection_optimizer=optax.adam(0.01),
+        projection_steps=8,
+    ),
+    "tanh trunk, 4 steps of L-BFGS": partial(
+        coupled,
+        flax_embedding(Trunk()),
+        projection_optimizer=optax.lbfgs(),
+        projection_steps=4,
+    ),
     "tanh trunk, no biases": embedded(flax_embedding(Trunk(use_bias=False))),
     "tanh trunk, layer norm": embedded(flax_embedding(Trunk(norm=nn.LayerNorm))),
     "tanh trunk, batch norm": embedded(

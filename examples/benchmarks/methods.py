@@ -126,12 +126,13 @@ def coupled(
     embedding: Embedding | None = None,
     step_size: float = STEP_SIZE,
     release: float = RELEASE,
-    every: int = 1,
     free: float = 0.0,
+    **options: Any,
 ) -> Method:
     """`pranam` with its one default: the same for all problems.
 
-    The first `free` of the replicas, as a part of them, are never coupled.
+    The first `free` of the replicas, as a part of them, are never coupled. `options`
+    are other arguments of `pranam`.
     """
 
     def make(inner: Any, num_steps: int, num_replicas: int) -> Any:
@@ -141,7 +142,7 @@ def coupled(
             embedding,
             coupling=(lambda count: schedule(count) * is_coupled) if free else schedule,
             step_size=step_size,
-            projection_every=every,
+            **options,
         )
         return optax.chain(link, inner)
 
@@ -171,7 +172,7 @@ PRESETS: dict[str, Method] = {
         f"s{s:g} r{r:g}": coupled(step_size=s, release=r)
         for s, r in ((1, 0.3), (2, 0.3), (2, 0.6), (4, 0.3), (6, 1))
     },
-    **{f"every {k}": coupled(every=k) for k in (4, 16, 64)},
+    **{f"every {k}": coupled(projection_every=k) for k in (4, 16, 64)},
 }
 
 
