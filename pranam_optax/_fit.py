@@ -1,6 +1,7 @@
 """`fit`: a model fitted to data, with the errors of its parameters."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -270,7 +271,7 @@ def _objective(
     return jnp.sum(jnp.square(r) if loss is None else loss(r))
 
 
-@jax.jit(static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2)
 def _statistics(
     residuals: Partial, params: PyTree, least_squares: bool
 ) -> tuple[jax.Array | None, PyTree | None, jax.Array]:
