@@ -247,6 +247,7 @@ def gain_table(cells: Cells, ours: str) -> str:
     for group, (kind, part) in groups.items():
         for optimizer in optimizers:
             row = [group, optimizer]
+            count = 0
             for theirs in ("independent", ("independent", "normalised")):
                 for what in ("mean", "best"):
                     gains = [
@@ -257,12 +258,15 @@ def gain_table(cells: Cells, ours: str) -> str:
                     ]
                     if gains:
                         row.append(number(float(np.exp(np.mean(np.log(gains))))))
+                        count = len(gains)
             if len(row) == 6:
+                row.insert(2, str(count))
                 rows.append(row)
     return lines_of(
         (
             "problems",
             "optimizer",
+            "cells",
             "mean, against independent",
             "best, against independent",
             "mean, against the better control",
@@ -503,7 +507,8 @@ def target_table(cells: Cells, double: Cells) -> str:
             peers = [
                 medians
                 for problem, medians in peer_medians(entries).items()
-                if f" {dim} " in problem
+                if entries[problem, "Adam", "pranam"].kind == "multimodal"
+                and f" {dim} " in problem
             ]
             if peers:
                 count = sum(medians[0] == min(medians) for medians in peers)
@@ -529,13 +534,13 @@ def peer_names(cells: Cells) -> list[str]:
 def peer_medians(cells: Cells) -> dict[str, list[float]]:
     """Median over seeds of the lowest score, floored: ours, then each peer's.
 
-    Of the multimodal functions that both have been run on.
+    Of the functions that both have been run on.
     """
     medians = {}
     for problem in dict.fromkeys(p for p, o, _ in cells if o == "-"):
         keys = [("Adam", "pranam"), *(("-", peer) for peer in peer_names(cells))]
         found = [cells.get((problem, *key)) for key in keys]
-        if found[0] is None or found[0].kind != "multimodal":
+        if found[0] is None:
             continue
         # Peers run on the first seeds only.
         num_seeds = min(len(c.best) for c in found if c is not None)
@@ -721,7 +726,7 @@ def write(
     sections = {
         "targets": target_table(cells, twice),
         "verdicts": verdict_table(
-            cells, "pranam", ("independent", "normalised", "to the mean", "no sharing")
+            cells, "pranam", [method for method in METHODS if method != "pranam"]
         ),
         "gains": gain_table(cells, "pranam"),
         "unimodal": race_table(cells, "pranam", ("independent", "normalised")),

@@ -130,6 +130,7 @@ def regression(
     make: Callable[[int | jax.Array], problems.Regression],
     predict: Callable[[Any, jax.Array], jax.Array],
     num_steps: int = 1000,
+    num_instances: int = 10,
 ) -> Task:
     """A random model to recover from its output: an instance per seed.
 
@@ -154,6 +155,7 @@ def regression(
         num_steps=num_steps,
         solved=1e-4,
         floor=1e-10,
+        max_seeds=(5, num_instances),
     )
 
 
@@ -355,7 +357,9 @@ def make_tasks(data_dir: Path | None = None) -> dict[str, Callable[[], Task]]:
                 tasks[f"{name} {dim}"] = partial(function, name, dim, False)
             if dim < 1000:
                 tasks[f"{name} {dim} rotated"] = partial(function, name, dim, True)
-    tasks["polynomial"] = partial(regression, problems.polynomial_fit, polynomial)
+    tasks["polynomial"] = partial(
+        regression, problems.polynomial_fit, polynomial, num_instances=20
+    )
     for features in ((4, 5, 1), (5, 6, 6, 1), (8, 16, 1)):
         sizes = "-".join(map(str, features))
         tasks[f"tanh {sizes}"] = partial(teacher, features, jnp.tanh)
