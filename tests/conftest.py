@@ -11,8 +11,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def optax_promotion():
     """For tests that run Optax transformations which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+    # Not by the context manager, which holds in one thread only.
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,12 @@ problem, base optimizer and method; finished ones are kept in the output file.
 import argparse
 import fnmatch
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import lru_cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +66,9 @@ Results = dict[str, dict[str, Any]]
 
 # Peers run one evaluation at a time: on the first of the reported seeds only.
 PEER_SEEDS = 3
+
+# Cells at a time. What takes most of the time of many is compilation, on one core.
+NUM_WORKERS = min(os.cpu_count() or 1, 4)
 
 RATES = tuple(float(f"{10**k:.3g}") for k in np.arange(-2.5, 1.5, 0.5))
 
@@ -308,39 +314,54 @@ def study(
     setting: Setting,
     output: Path,
 ) -> Results:
-    """Computes the cells that the output file does not hold yet."""
+    """Computes the cells that the output file does not hold yet, several at a time."""
     results: Results = json.loads(output.read_text()) if output.exists() else {}
-    plan = list(cells(list(makers), optimizers, methods))
-    current, task, starts = "", None, None
-    with tqdm(plan, unit="cell") as progress:
-        for problem, optimizer, method in progress:
-            name = " | ".join((problem, optimizer, method))
-            progress.set_description(name)
-            if name in results:
-                continue
-            if problem != current:
-                current, task, starts = problem, makers[problem](), None
-                num_steps = setting.num_steps or task.num_steps
-                task = task._replace(num_steps=num_steps // setting.gradient_cost)
-            assert task is not None
-            if method in PEERS and task.box is None:
-                continue
-            tuning_seeds = setting.tuning_seeds[: task.max_seeds[0]]
-            report_seeds = setting.report_seeds[: task.max_seeds[1]]
-            if starts is None:
-                starts = make_starts(task, [*tuning_seeds, *report_seeds])
-            num_tuning = len(tuning_seeds)
-            if method in PEERS:
-                report = pick(starts, slice(num_tuning, num_tuning + PEER_SEEDS))
-                results[name] = run_peer(
-                    task, method, report.problem, setting.gradient_cost
-                )
-            else:
-                results[name] = compare(
-                    task, method, optimizer, starts, num_tuning, setting
-                )
-            results[name] |= {"kind": task.kind, "solved": task.solved}
-            save(output, results)
+    plan = {" | ".join(cell): cell for cell in cells(list(makers), optimizers, methods)}
+    order = list(dict.fromkeys([*results, *plan]))
+    lock = Lock()
+
+    @lru_cache(maxsize=NUM_WORKERS)
+    def prepare(problem: str) -> tuple[Task, Start, int]:
+        task = makers[problem]()
+        num_steps = (setting.num_steps or task.num_steps) // setting.gradient_cost
+        task = task._replace(num_steps=num_steps)
+        tuning_seeds = setting.tuning_seeds[: task.max_seeds[0]]
+        report_seeds = setting.report_seeds[: task.max_seeds[1]]
+        starts = make_starts(task, [*tuning_seeds, *report_seeds])
+        return task, starts, len(tuning_seeds)
+
+    def run(problem: str, optimizer: str, method: str) -> dict[str, Any] | None:
+        with lock:
+            task, starts, num_tuning = prepare(problem)
+        if method not in PEERS:
+            result = compare(task, method, optimizer, starts, num_tuning, setting)
+        elif task.box is None:
+            return None
+        else:
+            report = pick(starts, slice(num_tuning, num_tuning + PEER_SEEDS))
+            result = run_peer(task, method, report.problem, setting.gradient_cost)
+        return result | {"kind": task.kind, "solved": task.solved}
+
+    with (
+        ThreadPoolExecutor(NUM_WORKERS) as pool,
+        tqdm(total=len(plan), initial=len(plan.keys() & results), unit="cell") as bar,
+    ):
+        names = {
+            pool.submit(run, *cell): name
+            for name, cell in plan.items()
+            if name not in results
+        }
+        try:
+            for future in as_completed(names):
+                result, name = future.result(), names[future]
+                bar.set_description(name)
+                bar.update()
+                if result is not None:
+                    results[name] = result
+                    results = {name: results[name] for name in order if name in results}
+                    save(output, results)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return results
 
 
