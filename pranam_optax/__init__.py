@@ -21,6 +21,7 @@ from pranam_optax._replicas import best_replica as best_replica
 from pranam_optax._replicas import replica_value_and_grad as replica_value_and_grad
 from pranam_optax._replicas import replicate as replicate
 from pranam_optax._replicas import select_replica as select_replica
+from pranam_optax._resample import resample_replicas as resample_replicas
 from pranam_optax._result import MinimizeResult as MinimizeResult
 from pranam_optax._result import Minimum as Minimum
 from pranam_optax._revive import revive_replicas as revive_replicas
@@ -54,6 +55,7 @@ __all__ = [
     "replica_saturation",
     "replica_value_and_grad",
     "replicate",
+    "resample_replicas",
     "revive_replicas",
     "select_replica",
     "shard_replicas",

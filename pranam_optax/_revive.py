@@ -1,6 +1,6 @@
 """Replicas that died or became copies, restarted from a better one."""
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -136,24 +136,14 @@ def revive_replicas(
         rows = broadcast_to_leaf(restart, weights)
         return jnp.where(rows, fresh.astype(leaf_dtype(weights)), weights)
 
-    per_weight = {
-        path: jnp.shape(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    per_code = {_TABLE: table.shape}
-
-    def copy_rows(shapes: dict[Any, tuple[int, ...]], path: Any, leaf: Any) -> Any:
-        """The source's rows of what an optimizer keeps for leaves of these shapes."""
-        ends = (path[start:] for start in range(len(path) + 1))
-        if not any(shapes.get(end) == jnp.shape(leaf) for end in ends):
-            return leaf
-        return jnp.where(broadcast_to_leaf(restart, leaf), leaf[source], leaf)
+    copy_for_weights = row_copier(shapes_by_path(params), restart, source)
+    copy_for_codes = row_copier({_TABLE: table.shape}, restart, source)
 
     def new_state(path: Any, leaf: Any) -> Any:
         if not holds_embedding(leaf):
-            return copy_rows(per_weight, path, leaf)
+            return copy_for_weights(path, leaf)
         optimizers = jax.tree_util.tree_map_with_path(
-            functools.partial(copy_rows, per_code), leaf._replace(embedding=None)
+            copy_for_codes, leaf._replace(embedding=None)
         )
         return optimizers._replace(
             embedding=embedding, revived=leaf.revived + restart.astype(jnp.int32)
@@ -167,6 +157,30 @@ def revive_replicas(
 
 # Where an optimizer of phi keeps what belongs to the table.
 _TABLE = (GetAttrKey("table"),)
+
+Shapes = dict[Any, tuple[int, ...]]
+
+
+def shapes_by_path(tree: PyTree) -> Shapes:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path: jnp.shape(leaf) for path, leaf in leaves}
+
+
+def row_copier(
+    shapes: Shapes, moved: jax.Array, source: jax.Array
+) -> Callable[[Any, jax.Array], jax.Array]:
+    """Copies rows, from `source` to the `moved`, of what is kept for these leaves.
+
+    That is, of state that has the shape of one of them, at the end of the same path.
+    """
+
+    def copy(path: Any, leaf: jax.Array) -> jax.Array:
+        ends = (path[start:] for start in range(len(path) + 1))
+        if not any(shapes.get(end) == jnp.shape(leaf) for end in ends):
+            return leaf
+        return jnp.where(broadcast_to_leaf(moved, leaf), leaf[source], leaf)
+
+    return copy
 
 
 def without_duplicates(params: PyTree, living: jax.Array) -> jax.Array:

@@ -114,21 +114,6 @@ def test_weights_follow_squares_and_the_best():
     assert shares[2] == 1
 
 
-def test_restarts_go_nine_tenths_of_the_way_to_the_better_half(optax_promotion):
-    idea = ideas.restarted(lambda step_size, release: lambda inner, *_: inner, 0.5)
-    tx = idea(4.0, 0.6)(optax.sgd(0.0, momentum=0.9), 2, 4)
-    params = jnp.array([[1.0], [2.0], [3.0], [4.0]])
-    grads = 10 * params
-    values = jnp.array([3.0, 0.0, 1.0, 2.0])  # best first: 1, 2, 3, 0
-    state = tx.init(params)
-    updates, state = tx.update(grads, state, params, values=values)
-    np.testing.assert_array_equal(updates, np.zeros((4, 1)))
-    updates, state = tx.update(grads, state, params, values=values)
-    np.testing.assert_allclose(updates[:, 0], [0.9, 0, 0, -0.9], rtol=1e-6)
-    trace = state[1][0].trace[:, 0]
-    np.testing.assert_allclose(trace, 19 * np.array([2.0, 2.0, 3.0, 3.0]), rtol=1e-6)
-
-
 def test_noise_in_the_codes_is_relative_to_their_spread(optax_promotion):
     params = jax.random.normal(jax.random.key(0), (512, 6))
     grads = jax.random.normal(jax.random.key(1), (512, 6))

@@ -152,6 +152,20 @@ def test_normalised_control_is_pranam_without_coupling():
     np.testing.assert_allclose(updates, expected, rtol=1e-5)
 
 
+def test_resampling_comes_at_its_times(optax_promotion):
+    method = methods.resampled(lambda inner, *_: inner, (0.5,), pull=0.5)
+    tx = method(optax.sgd(1.0), 2, 4)
+    params = jnp.array([[1.0], [2.0], [3.0], [4.0]])
+    values = jnp.array([3.0, 0.0, 1.0, 2.0])  # best first: 1, 2, 3, 0
+    grads, state = 0.1 * params, tx.init(params)
+    updates, state = tx.update(grads, state, params, values=values)
+    np.testing.assert_array_equal(updates, -grads)
+    updates, state = tx.update(grads, state, params, values=values)
+    # The first goes half of the way to the second, the last to the third.
+    after = (params + updates)[:, 0]
+    np.testing.assert_allclose(after, 0.9 * np.array([1.5, 2, 3, 3.5]), rtol=1e-6)
+
+
 def test_lookahead_is_that_of_optax(optax_promotion):
     ours, theirs = (
         methods.lookahead(optax.adam(0.1), 3),

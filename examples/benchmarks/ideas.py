@@ -22,10 +22,19 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import methods
 import numpy as np
 import optax
 from jax.tree_util import Partial
-from methods import METHODS, RELEASE, STEP_SIZE, Method, coupled, mean_embedding
+from methods import (
+    METHODS,
+    RELEASE,
+    RESAMPLING,
+    STEP_SIZE,
+    Method,
+    coupled,
+    mean_embedding,
+)
 from report import Cell, lines_of, number, read
 from speed import compile_program, interleave
 from stats import bootstrap_interval, log_floored
@@ -95,44 +104,11 @@ def squared() -> Any:
     return optax.stateless(update)
 
 
-def restarted(method: Idea, *times: float) -> Idea:
-    """At these parts of the run the worse half of the replicas follows the better one.
-
-    Each goes nine tenths of the way to one of the better half, the worst to the best,
-    and takes over what the optimizer keeps for it.
-    """
+def resampled(method: Idea, *times: float, **options: Any) -> Idea:
+    """With `resample_replicas` at these parts of the run."""
 
     def idea(step_size: float, release: float) -> Method:
-        def make(inner: Any, num_steps: int, num_replicas: int) -> Any:
-            tx = method(step_size, release)(inner, num_steps, num_replicas)
-            tx = optax.with_extra_args_support(tx)
-            steps = jnp.array([int(time * num_steps) for time in times])
-
-            def update(updates: Any, state: Any, params: Any, *, values: Any) -> Any:
-                count, rest = state
-                updates, rest = tx.update(updates, rest, params, values=values)
-                order = jnp.argsort(values)
-                worse = jnp.any(count == steps) & (
-                    jnp.arange(num_replicas) >= num_replicas // 2
-                )
-                places = jnp.where(worse, order[::-1], order)
-                source = jnp.zeros_like(order).at[order].set(places)
-
-                def follow(x: jax.Array) -> jax.Array:
-                    has_rows = x.ndim > 0 and len(x) == num_replicas
-                    return x[source] if has_rows else x
-
-                moves = jax.tree.map(
-                    lambda u, p: u[source] + 0.9 * (p[source] - p), updates, params
-                )
-                return moves, (count + 1, jax.tree.map(follow, rest))
-
-            def init(params: Any) -> Any:
-                return jnp.zeros([], jnp.int32), tx.init(params)
-
-            return optax.GradientTransformationExtraArgs(init, update)
-
-        return make
+        return methods.resampled(method(step_size, release), times, **options)
 
     return idea
 
@@ -378,13 +354,21 @@ IDEAS: dict[str, Idea] = {
     "weights 10 to 0.1": led(to_the_best),
     "weights by square": led(lambda _: squared()),
     # the end
-    "restarts": restarted(embedded(None), RELEASE),
-    "three restarts": restarted(embedded(None), RELEASE, 0.7, 0.8),
     "quarter free": partial(coupled, None, free=0.25),
-    "quarter free, restarts": restarted(partial(coupled, None, free=0.25), RELEASE),
-    "normalised, restarts": restarted(
-        lambda step_size, release: METHODS["normalised"], RELEASE
-    ),
+    "resampled once": resampled(embedded(None), 0.6),
+    "resampled": resampled(embedded(None), *RESAMPLING),
+    "resampled 7 times": resampled(embedded(None), *np.arange(0.6, 0.91, 0.05)),
+    "resampled, pull 0.5": resampled(embedded(None), *RESAMPLING, pull=0.5),
+    "resampled, pull 0.99": resampled(embedded(None), *RESAMPLING, pull=0.99),
+    "resampled, a quarter": resampled(embedded(None), *RESAMPLING, part=0.25),
+    **{
+        f"{name}, resampled": resampled(method, *RESAMPLING)
+        for name, method in (
+            ("quarter free", partial(coupled, None, free=0.25)),
+            ("normalised", lambda step_size, release: METHODS["normalised"]),
+            ("to the mean", embedded(mean_embedding())),
+        )
+    },
     # projection
     "2 projection steps": partial(coupled, None, projection_steps=2),
     "8 projection steps": partial(coupled, None, projection_steps=8),

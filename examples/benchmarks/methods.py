@@ -1,6 +1,6 @@
 """The methods and the base optimizers of the study."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -149,6 +149,43 @@ def coupled(
     return make
 
 
+# Parts of the run after which the worse half is moved to the better one.
+RESAMPLING = (0.6, 0.7, 0.8)
+
+
+def resampled(
+    method: Method, times: Sequence[float] = RESAMPLING, **options: Any
+) -> Method:
+    """A method with `resample_replicas` at these parts of the run."""
+
+    def make(inner: Any, num_steps: int, num_replicas: int) -> Any:
+        tx = optax.with_extra_args_support(method(inner, num_steps, num_replicas))
+        steps = jnp.array([int(time * num_steps) for time in times])
+
+        def init(params: Any) -> Any:
+            return jnp.zeros([], jnp.int32), tx.init(params)
+
+        def update(updates: Any, state: Any, params: Any, *, values: Any) -> Any:
+            count, rest = state
+            updates, rest = tx.update(updates, rest, params, values=values)
+
+            def resample(updates: Any, rest: Any) -> Any:
+                moved = optax.apply_updates(params, updates)
+                moved, rest = pranam_optax.resample_replicas(
+                    moved, rest, values, **options
+                )
+                return jax.tree.map(jnp.subtract, moved, params), rest
+
+            updates, rest = jax.lax.cond(
+                jnp.any(count == steps), resample, lambda *same: same, updates, rest
+            )
+            return updates, (count + 1, rest)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    return make
+
+
 def normalize() -> optax.GradientTransformation:
     """As `pranam(coupling=0)`, without the embedding that this does not use."""
     return optax.stateless(
@@ -168,6 +205,9 @@ METHODS: dict[str, Method] = {
 # Other settings of `pranam`, for docs/notebook.md and docs/devices.md.
 PRESETS: dict[str, Method] = {
     "quarter free": coupled(free=0.25),
+    "resampled": resampled(coupled()),
+    "normalised, resampled": resampled(METHODS["normalised"]),
+    "quarter free, resampled": resampled(coupled(free=0.25)),
     **{
         f"s{s:g} r{r:g}": coupled(step_size=s, release=r)
         for s, r in ((1, 0.3), (2, 0.3), (2, 0.6), (4, 0.3), (6, 1))

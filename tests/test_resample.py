@@ -1,0 +1,106 @@
+"""Resampling: who moves, how far, what the optimizer keeps, and who is left alone."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import pranam_optax
+
+R = 6
+VALUES = jnp.array([5.0, 1.0, 3.0, 0.0, 4.0, 2.0])  # best first: 3, 1, 5, 2, 4, 0
+GOALS = {2: 5, 4: 1, 0: 3}
+resample = jax.jit(pranam_optax.resample_replicas, static_argnames="part")
+
+
+def make_params(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 2)
+    return {
+        "w": jax.random.normal(keys[0], (R, 3, 2), dtype),
+        "b": jax.random.normal(keys[1], (R,), dtype),
+    }
+
+
+def rows(tree, index):
+    return jax.tree.map(lambda x: x[np.asarray(index)], tree)
+
+
+@pytest.mark.parametrize("pull", [0.0, 0.25, 0.9, 1.0])
+def test_the_worse_half_moves_to_the_better_one(pull):
+    params = make_params()
+    new, _ = resample(params, (), VALUES, pull=pull)
+    for r in range(R):
+        goal = GOALS.get(r, r)
+        for name, x in params.items():
+            expected = x[r] + pull * (x[goal] - x[r])
+            np.testing.assert_allclose(new[name][r], expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(rows(new, [1, 3, 5]), rows(params, [1, 3, 5]))
+    if pull == 1:
+        chex.assert_trees_all_equal(rows(new, [2, 4, 0]), rows(params, [5, 1, 3]))
+
+
+@pytest.mark.parametrize(
+    "part, moved", [(0.0, []), (0.1, []), (0.2, [0]), (0.34, [0, 4])]
+)
+def test_part_of_the_replicas(part, moved):
+    params = make_params()
+    new, _ = resample(params, (), VALUES, part=part)
+    changed = np.flatnonzero(new["b"] != params["b"])
+    np.testing.assert_array_equal(changed, moved)
+
+
+def test_moments_are_those_of_the_better_replica(optax_promotion):
+    tx = optax.chain(pranam_optax.pranam(), optax.adam(0.1), optax.ema(0.9))
+    # As many replicas as codes: heads have the shape of the params, and must not move.
+    params, values = rows(make_params(), np.arange(4)), VALUES[:4]
+    state = tx.init(params)
+    for _ in range(3):
+        grads = jax.tree.map(jnp.sin, params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    new, new_state = resample(params, state, values)
+    goals = np.array([3, 1, 1, 3])  # best first: 3, 1, 2, 0
+    for part in (lambda s: s[1][0].mu, lambda s: s[1][0].nu, lambda s: s[2].ema):
+        chex.assert_trees_all_equal(part(new_state), rows(part(state), goals))
+    assert new_state[1][0].count == state[1][0].count == 3
+    chex.assert_trees_all_equal(new_state[0], state[0])
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, params)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 1e30])
+def test_the_dead_neither_move_nor_lead(bad):
+    params = make_params()
+    params["w"] = params["w"].at[3, 0, 0].set(bad)  # the best
+    values = VALUES.at[4].set(jnp.nan)
+    new, _ = resample(params, (), values)
+    # Of the living, best first: 1, 5, 2, 0.
+    for r, goal in {0: 1, 2: 5}.items():
+        expected = 0.1 * params["b"][r] + 0.9 * params["b"][goal]
+        np.testing.assert_allclose(new["b"][r], expected, rtol=1e-5)
+    still = [1, 3, 4, 5]
+    chex.assert_trees_all_equal(rows(new, still), rows(params, still))
+
+    nobody, _ = resample(params, (), jnp.full(R, jnp.nan))
+    chex.assert_trees_all_equal(nobody, params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_dtypes_are_kept(dtype):
+    params = make_params(dtype)
+    new, _ = resample(params, (), VALUES, pull=0.5)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, params)
+    expected = 0.5 * params["b"][0] + 0.5 * params["b"][3]
+    np.testing.assert_allclose(new["b"][0], expected, rtol=1e-2)
+
+
+def test_errors_say_what_was_expected():
+    params = make_params()
+    with pytest.raises(ValueError, match=r"part must be in \[0, 0.5\], got 0.6"):
+        pranam_optax.resample_replicas(params, (), VALUES, part=0.6)
+    with pytest.raises(ValueError, match=r"\(5,\)"):
+        pranam_optax.resample_replicas(params, (), VALUES[:5])
+    with pytest.raises(ValueError, match="no replica axis"):
+        pranam_optax.resample_replicas({"w": jnp.array(1.0)}, (), VALUES)
