@@ -82,6 +82,7 @@ def test_recipes(optax_promotion):
         schedules,
         ranged,
         _,
+        resampled,
         stopped,
         curriculum,
         _,
@@ -149,6 +150,14 @@ def test_recipes(optax_promotion):
     # The lowest loss is inside the range.
     assert min(curve[0].mean(), curve[-1].mean()) > 1.5 * curve.mean(axis=1).min()
     assert ranged["guess"] == rates[np.argmin(curve.mean(axis=1))] / 3
+
+    # Below the same run without resampling.
+    plain = setup["initial"]
+    state = setup["tx"].init(plain)
+    for _ in range(setup["NUM_STEPS"]):
+        plain, state, plain_values = setup["step"](plain, state)
+    assert resampled["values"].mean() < plain_values.mean()
+    assert resampled["num_steps"] == 199
 
     assert 120 < stopped["num_steps"] < 1000
     assert stopped["waited"] == stopped["patience"]
