@@ -318,7 +318,11 @@ def test_report_tells_won_from_lost_cells():
     assert "no peer has a lower median gap | at least half | 1 of 1 |" in targets
     assert "gradients count twice | at least half | 1 of 1 |" in targets
 
-    assert "| tanh 4-5-1 | 1 | " in report.preset_table(cells, "quarter free")
+    presets = report.preset_table(
+        cells, "quarter free", {"independent": "independent", "ours": "pranam"}
+    )
+    assert "| tanh 4-5-1 | Adam | 1 | " in presets
+    assert "best, against ours |" in presets
     assert "| sphere 30 rotated | Adam | 0.1 | " in report.race_table(
         cells, "pranam", ["independent"]
     )

@@ -359,6 +359,7 @@ IDEAS: dict[str, Idea] = {
     "resampled": resampled(embedded(None), *RESAMPLING),
     "resampled 7 times": resampled(embedded(None), *np.arange(0.6, 0.91, 0.05)),
     "resampled, pull 0.5": resampled(embedded(None), *RESAMPLING, pull=0.5),
+    "resampled, pull 0.7": resampled(embedded(None), *RESAMPLING, pull=0.7),
     "resampled, pull 0.99": resampled(embedded(None), *RESAMPLING, pull=0.99),
     "resampled, a quarter": resampled(embedded(None), *RESAMPLING, part=0.25),
     **{

@@ -208,6 +208,7 @@ PRESETS: dict[str, Method] = {
     "resampled": resampled(coupled()),
     "normalised, resampled": resampled(METHODS["normalised"]),
     "quarter free, resampled": resampled(coupled(free=0.25)),
+    "s1 r0.3, resampled": resampled(coupled(step_size=1, release=0.3)),
     **{
         f"s{s:g} r{r:g}": coupled(step_size=s, release=r)
         for s, r in ((1, 0.3), (2, 0.3), (2, 0.6), (4, 0.3), (6, 1))

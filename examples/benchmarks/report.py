@@ -32,6 +32,7 @@ from stats import (
 import pranam_optax
 from pranam_optax import problems
 
+CONTROLS = ("independent", "normalised")
 FLOORS = {"multimodal": 1e-3, "unimodal": 1e-3, "model": 1e-10}
 COLORS = dict(
     zip(
@@ -248,7 +249,7 @@ def gain_table(cells: Cells, ours: str) -> str:
         for optimizer in optimizers:
             row = [group, optimizer]
             count = 0
-            for theirs in ("independent", ("independent", "normalised")):
+            for theirs in ("independent", CONTROLS):
                 for what in ("mean", "best"):
                     gains = [
                         c.gain
@@ -281,13 +282,10 @@ def share(comparisons: Sequence[Comparison], verdict: str) -> str:
     return f"{count} of {len(comparisons)} ({100 * count / len(comparisons):.3g}%)"
 
 
-def median_gain(cells: Cells, problem: str, optimizer: str, what: str) -> float:
-    """Median over instances of the gain of pranam over the better control."""
-    ours = cells[problem, optimizer, "pranam"]
-    controls = [
-        getattr(cells[problem, optimizer, method], what)
-        for method in ("independent", "normalised")
-    ]
+def median_gain(cells: Cells, problem: str, method: str, what: str) -> float:
+    """Median over instances of the gain over the better control, with Adam."""
+    ours = cells[problem, "Adam", method]
+    controls = [getattr(cells[problem, "Adam", control], what) for control in CONTROLS]
     better = min(controls, key=lambda x: geometric_mean(x, ours.floor))
     logs = log_floored(better, ours.floor) - log_floored(
         getattr(ours, what), ours.floor
@@ -395,34 +393,29 @@ def dimension_table(cells: Cells, cost: str) -> str:
     return lines_of(header, rows)
 
 
-def preset_table(cells: Cells, ours: str) -> str:
-    """Gains of a preset over the controls and over `pranam`."""
-    rows = []
-    rivals = ("independent", ("independent", "normalised"), "pranam")
-    found = [
-        {(c.problem, c.optimizer): c for c in compare(cells, ours, theirs, what)}
-        for theirs in rivals
+def preset_table(
+    cells: Cells, ours: str, rivals: dict[str, str | tuple[str, ...]]
+) -> str:
+    """Gains of a preset over other methods; a star where they are significant."""
+    found = {
+        f"{what}, against {name}": {
+            (c.problem, c.optimizer): c for c in compare(cells, ours, theirs, what)
+        }
+        for name, theirs in rivals.items()
         for what in ("mean", "best")
+    }
+
+    def gain(comparison: Comparison | None) -> str:
+        if comparison is None:
+            return ""
+        star = "" if comparison.verdict == "equal" else "*"
+        return f"{comparison.gain:.2g}{star}"
+
+    keys = dict.fromkeys(key for column in found.values() for key in column)
+    rows = [
+        (*key, *(gain(column.get(key)) for column in found.values())) for key in keys
     ]
-    for key in found[0]:
-        comparisons = [by_key.get(key) for by_key in found]
-        rows.append(
-            (
-                key[0],
-                *(
-                    ""
-                    if c is None
-                    else f"{c.gain:.2g}" + ("" if c.verdict == "equal" else "*")
-                    for c in comparisons
-                ),
-            )
-        )
-    header = [
-        f"{what}, against {theirs}"
-        for theirs in ("independent", "the better control", "pranam")
-        for what in ("mean", "best")
-    ]
-    return lines_of(("problem", *header), rows)
+    return lines_of(("problem", "optimizer", *found), rows)
 
 
 def target_table(cells: Cells, double: Cells) -> str:
@@ -464,38 +457,41 @@ def target_table(cells: Cells, double: Cells) -> str:
                 f"at most {slowest.evaluations:.2g} ({where})",
             )
         )
-    for optimizer in ("Adam", "SGD", "Adagrad", "RMSProp"):
-        for what, comparisons in versus.items():
-            logs = [
-                np.log(c.gain)
-                for c in comparisons
-                if c.kind == "multimodal"
-                and " 30" in c.problem
-                and c.optimizer == optimizer
-            ]
-            if logs:
-                least = {"mean": (50, 5), "best": (500, 10)}[what][optimizer != "Adam"]
-                rows.append(
-                    (
-                        f"30-D multimodal, {optimizer}: geometric mean of the gain, "
-                        f"{what}",
-                        f"at least {least}",
-                        f"{np.exp(np.mean(logs)):.3g} ({len(logs)} functions)",
-                    )
+    for method, optimizer, what in product(
+        ("pranam", "resampled"), ("Adam", "SGD", "Adagrad", "RMSProp"), versus
+    ):
+        logs = [
+            np.log(c.gain)
+            for c in compare(cells, method, "independent", what)
+            if (c.kind, c.optimizer) == ("multimodal", optimizer)
+            and c.problem.endswith(" 30 rotated")
+        ]
+        if logs:
+            least = {"mean": (50, 5), "best": (500, 10)}[what][optimizer != "Adam"]
+            rows.append(
+                (
+                    f"30-D multimodal, {method}, {optimizer}: geometric mean of the "
+                    f"gain, {what}",
+                    f"at least {least}",
+                    f"{np.exp(np.mean(logs)):.3g} ({len(logs)} functions)",
                 )
-    models = [p for p, o, m in cells if (o, m) == ("Adam", "pranam")]
-    for problem in models:
-        known = all(
-            (problem, "Adam", m) in cells for m in ("independent", "normalised")
-        )
-        ours = cells[problem, "Adam", "pranam"]
-        if ours.kind == "model" and ours.accuracy is None and known:
-            for what, aim in (("mean", "at least 5"), ("best", "at least 1")):
-                gain = median_gain(cells, problem, "Adam", what)
-                name = f"{problem}, Adam: median gain over the better control, {what}"
-                rows.append((name, aim, f"{gain:.2g}"))
+            )
+    for problem, method in product(
+        dict.fromkeys(p for p, _, _ in cells), ("pranam", "quarter free, resampled")
+    ):
+        ours = cells.get((problem, "Adam", method))
+        if ours is None or ours.kind != "model" or ours.accuracy is not None:
+            continue
+        if any((problem, "Adam", control) not in cells for control in CONTROLS):
+            continue
+        for what, aim in (("mean", "at least 5"), ("best", "at least 1")):
+            gain = median_gain(cells, problem, method, what)
+            name = f"{problem}, {method}: median gain over the better control, {what}"
+            rows.append((name, aim, f"{gain:.2g}"))
     classified = dict.fromkeys(p for (p, _, _), c in cells.items() if c.accuracy)
-    for problem, method in product(classified, ("pranam", "s1 r0.3")):
+    for problem, method in product(
+        classified, ("pranam", "s1 r0.3", "s1 r0.3, resampled")
+    ):
         for i, what in enumerate(("mean", "best")):
             wins = classifier_wins(cells, problem, method, what, i)
             if wins:
@@ -729,11 +725,32 @@ def write(
             cells, "pranam", [method for method in METHODS if method != "pranam"]
         ),
         "gains": gain_table(cells, "pranam"),
-        "unimodal": race_table(cells, "pranam", ("independent", "normalised")),
+        "unimodal": race_table(cells, "pranam", CONTROLS),
         "1000-D": dimension_table(cells, step_cost(folder / "devices.md")),
-        "quarter free": preset_table(cells, "quarter free"),
-        "quarter free, cells": verdict_table(
-            cells, "quarter free", ("independent", "normalised", "pranam")
+        "resampled": preset_table(
+            cells,
+            "resampled",
+            {
+                "the better control": CONTROLS,
+                "the normalised control, resampled": "normalised, resampled",
+                "pranam": "pranam",
+            },
+        ),
+        **{
+            preset: preset_table(
+                cells,
+                preset,
+                {
+                    "independent": "independent",
+                    "the better control": CONTROLS,
+                    "pranam": "pranam",
+                },
+            )
+            for preset in ("quarter free", "quarter free, resampled")
+        },
+        "presets": "\n\n".join(
+            f"*{preset}*:\n\n" + verdict_table(cells, preset, (*CONTROLS, "pranam"))
+            for preset in ("resampled", "quarter free", "quarter free, resampled")
         ),
         "peers": peer_table(cells),
         "gradients count twice": peer_table(twice),

@@ -43,6 +43,7 @@ ALL = {**METHODS, **PRESETS}
 MAIN = ("* 30 rotated", "polynomial", "tanh *", "relu *", "MNIST 10-10")
 FOUR = ("Adam", "SGD", "Adagrad", "RMSProp")
 CONTROLLED = ("independent", "normalised", "pranam")
+RESAMPLED = ("resampled", "normalised, resampled")
 PEERS_100 = ("CMA-ES", "Sep-CMA-ES", "multi-start L-BFGS", "differential evolution")
 FULL = (
     (MAIN, ("Adam",), tuple(METHODS)),
@@ -56,8 +57,9 @@ FULL = (
         FOUR,
         ("reparametrize",),
     ),
-    (("MNIST 10-10",), FOUR, ("s1 r0.3",)),
-    (("* 30 rotated", "polynomial", "tanh *", "relu *"), ("Adam",), ("quarter free",)),
+    (("MNIST 10-10",), FOUR, ("s1 r0.3", "s1 r0.3, resampled")),
+    (MAIN, ("Adam",), ("quarter free", *RESAMPLED, "quarter free, resampled")),
+    (("* 30 rotated",), FOUR, RESAMPLED),
     (("* 30 rotated",), (), tuple(PEERS)),
     (("[SAR][cka]* 100 rotated",), (), PEERS_100),
 )
