@@ -104,3 +104,22 @@ def test_errors_say_what_was_expected():
         pranam_optax.resample_replicas(params, (), VALUES[:5])
     with pytest.raises(ValueError, match="no replica axis"):
         pranam_optax.resample_replicas({"w": jnp.array(1.0)}, (), VALUES)
+
+
+def test_sharded_replicas_resample_as_others_do():
+    mesh = jax.make_mesh((2,), ("replicas",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = make_params()
+    state = optax.adam(0.1).init(params)
+    expected, expected_state = resample(params, state, VALUES)
+    sharded = pranam_optax.shard_replicas(params, mesh, "replicas")
+    new, new_state = resample(sharded, optax.adam(0.1).init(sharded), VALUES)
+    chex.assert_trees_all_close(new, expected, rtol=1e-6)
+    chex.assert_trees_all_close(new_state, expected_state, rtol=1e-6)
+
+
+def test_permuted_replicas_end_permuted():
+    order = np.array([4, 2, 0, 5, 1, 3])
+    params = make_params()
+    expected, _ = resample(params, (), VALUES)
+    new, _ = resample(rows(params, order), (), VALUES[order])
+    chex.assert_trees_all_close(new, rows(expected, order), rtol=1e-6)

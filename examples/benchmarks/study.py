@@ -38,11 +38,12 @@ import pranam_optax
 
 ALL = {**METHODS, **PRESETS}
 
-# The full study: problems, optimizers and methods; 881 cells. Those of functions take
+# The full study: problems, optimizers and methods; 1004 cells. Those of functions take
 # seconds on one core, those of models 10 s to 5 minutes.
 MAIN = ("* 30 rotated", "polynomial", "tanh *", "relu *", "MNIST 10-10")
 FOUR = ("Adam", "SGD", "Adagrad", "RMSProp")
 CONTROLLED = ("independent", "normalised", "pranam")
+NETWORKS = ("s1 r0.3", "s1 r0.3, resampled")
 RESAMPLED = ("resampled", "normalised, resampled")
 PEERS_100 = ("CMA-ES", "Sep-CMA-ES", "multi-start L-BFGS", "differential evolution")
 FULL = (
@@ -57,7 +58,8 @@ FULL = (
         FOUR,
         ("reparametrize",),
     ),
-    (("MNIST 10-10",), FOUR, ("s1 r0.3", "s1 r0.3, resampled")),
+    (("MNIST 10-10",), FOUR, NETWORKS),
+    (("MNIST 20-20", "MNIST conv"), ("Adam",), NETWORKS),
     (MAIN, ("Adam",), ("quarter free", *RESAMPLED, "quarter free, resampled")),
     (("* 30 rotated",), FOUR, RESAMPLED),
     (("* 30 rotated",), (), tuple(PEERS)),
