@@ -17,7 +17,7 @@ from pranam_optax._embedding import (
     squared_slope,
 )
 from pranam_optax._replicas import as_key
-from pranam_optax._sharding import keep_shardings
+from pranam_optax._sharding import check_shardings, keep_shardings
 from pranam_optax._tree import (
     PyTree,
     broadcast_to_leaf,
@@ -205,6 +205,7 @@ def pranam(
                 projection_every,
             )
 
+        check_shardings(updates, params)
         return keep_shardings(step, updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 
 from pranam_optax._embedding import Embedding, mlp_embedding
 from pranam_optax._replicas import as_key
-from pranam_optax._sharding import keep_shardings
+from pranam_optax._sharding import check_shardings, keep_shardings
 from pranam_optax._tree import (
     PyTree,
     cast,
@@ -136,6 +136,7 @@ def reparametrize(
         def step(updates: PyTree, state: ReparametrizeState, params: PyTree) -> Any:
             return _step(updates, state, params, optimizer, extra_args)
 
+        check_shardings(updates, params)
         return keep_shardings(step, updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

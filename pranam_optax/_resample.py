@@ -1,5 +1,6 @@
 """Replicas that do badly, moved to where others do well."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from pranam_optax._embedding import holds_embedding
 from pranam_optax._replicas import check_values
 from pranam_optax._revive import row_copier, shapes_by_path
+from pranam_optax._sharding import keep_shardings
 from pranam_optax._tree import (
     PyTree,
     broadcast_to_leaf,
@@ -79,6 +81,17 @@ def resample_replicas(
     check_values(values, num_replicas)
     if not 0 <= part <= 0.5:
         raise ValueError(f"part must be in [0, 0.5], got {part!r}")
+    resample = functools.partial(_resample, part=part, pull=pull)
+    return keep_shardings(resample, params, state, values)
+
+
+def _resample(
+    params: PyTree,
+    state: PyTree,
+    values: jax.Array | np.ndarray,
+    part: float,
+    pull: float | jax.Array,
+) -> tuple[PyTree, PyTree]:
     dtype = compute_dtype(*jax.tree.leaves(params))
     living = jnp.isfinite(values) & in_range(largest_magnitudes(params, dtype))
     order = jnp.argsort(jnp.where(living, jnp.asarray(values), jnp.inf))
@@ -86,8 +99,7 @@ def resample_replicas(
     rank = jnp.argsort(order)
     num_moved = jnp.floor(part * num_living.astype(dtype)).astype(rank.dtype)
     moved = living & (rank >= num_living - num_moved)
-    replicas = jnp.arange(num_replicas)
-    source = jnp.where(moved, order[num_living - 1 - rank], replicas)
+    source = jnp.where(moved, order[num_living - 1 - rank], jnp.arange(len(order)))
 
     def move(x: Any) -> jax.Array:
         x = jnp.asarray(x)

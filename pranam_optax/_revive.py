@@ -1,5 +1,6 @@
 """Replicas that died or became copies, restarted from a better one."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax.tree_util import GetAttrKey, Partial, keystr
 
 from pranam_optax._embedding import find_embedding, holds_embedding
 from pranam_optax._replicas import as_key, check_values
+from pranam_optax._sharding import keep_shardings
 from pranam_optax._tree import (
     PyTree,
     broadcast_to_leaf,
@@ -89,29 +91,43 @@ def revive_replicas(
        [3. 5.]]
     """
     num_replicas = check_replicas(params, "params")
-    node = find_embedding(state)
-    f, phi = node.embedding.func, node.embedding.args[0]
+    phi = find_embedding(state).embedding.args[0]
     if not hasattr(phi, "table"):
         raise ValueError(
             "revive_replicas needs an embedding with one code per replica, phi.table "
             f"of shape [R, K]; phi is a {type(phi).__name__}"
         )
-    table = phi.table
-    if table.shape[0] != num_replicas:
+    if phi.table.shape[0] != num_replicas:
         raise ValueError(
             f"params has {num_replicas} replicas, but the state was initialised for "
-            f"{table.shape[0]}"
+            f"{phi.table.shape[0]}"
         )
+    if values is not None:
+        check_values(values, num_replicas)
+    revive = functools.partial(_revive, key=as_key(key), noise=noise)
+    return keep_shardings(revive, params, state, values)
+
+
+def _revive(
+    params: PyTree,
+    state: PyTree,
+    values: jax.Array | np.ndarray | None,
+    key: jax.Array,
+    noise: float | jax.Array,
+) -> tuple[PyTree, PyTree]:
+    node = find_embedding(state)
+    f, phi = node.embedding.func, node.embedding.args[0]
+    table = phi.table
+    num_replicas = table.shape[0]
     living = in_range(
         largest_magnitudes(params, compute_dtype(*jax.tree.leaves(params)))
     )
     if values is not None:
-        check_values(values, num_replicas)
         living &= jnp.isfinite(jnp.asarray(values))
     living = without_duplicates(params, living)
     restart = ~living & jnp.any(living)
 
-    noise_key, source_key = jax.random.split(as_key(key))
+    noise_key, source_key = jax.random.split(key)
     if values is None:
         drawn = jax.random.categorical(
             source_key, jnp.where(living, 0.0, -jnp.inf), shape=(num_replicas,)

@@ -55,7 +55,7 @@ def shard_replicas(params: PyTree, mesh: Mesh, axis_name: str = "replicas") -> P
     )
 
 
-def _check_shardings(updates: PyTree, params: PyTree) -> None:
+def check_shardings(updates: PyTree, params: PyTree) -> None:
     """Checks that gradients are spread over the same devices as their params.
 
     As far as that is known: outside jit, or with explicit mesh axes.
@@ -108,15 +108,10 @@ def with_auto_axes(
     return fun(*args)
 
 
-def keep_shardings(
-    update: Callable[..., Any], updates: PyTree, state: PyTree, params: PyTree
-) -> Any:
-    """update(updates, state, params), sharded as the updates and the state are."""
-    _check_shardings(updates, params)
+def keep_shardings(fun: Callable[..., Any], *args: Any) -> Any:
+    """fun(*args), a pair, sharded as the first two arguments are."""
     return with_auto_axes(
-        update,
-        lambda mesh: jax.tree.map(lambda x: sharding_of(x, mesh), (updates, state)),
-        updates,
-        state,
-        params,
+        fun,
+        lambda mesh: jax.tree.map(lambda x: sharding_of(x, mesh), args[:2]),
+        *args,
     )

@@ -106,13 +106,18 @@ def test_errors_say_what_was_expected():
         pranam_optax.resample_replicas({"w": jnp.array(1.0)}, (), VALUES)
 
 
-def test_sharded_replicas_resample_as_others_do():
-    mesh = jax.make_mesh((2,), ("replicas",), axis_types=(jax.sharding.AxisType.Auto,))
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_sharded_replicas_resample_as_others_do(axis_type):
+    types = (jax.sharding.AxisType[axis_type],)
+    mesh = jax.make_mesh((2,), ("replicas",), axis_types=types)
     params = make_params()
     state = optax.adam(0.1).init(params)
     expected, expected_state = resample(params, state, VALUES)
     sharded = pranam_optax.shard_replicas(params, mesh, "replicas")
-    new, new_state = resample(sharded, optax.adam(0.1).init(sharded), VALUES)
+    with jax.set_mesh(mesh):
+        new, new_state = resample(sharded, optax.adam(0.1).init(sharded), VALUES)
+    for leaf, old in zip(jax.tree.leaves(new), jax.tree.leaves(sharded), strict=True):
+        assert leaf.sharding.is_equivalent_to(old.sharding, leaf.ndim)
     chex.assert_trees_all_close(new, expected, rtol=1e-6)
     chex.assert_trees_all_close(new_state, expected_state, rtol=1e-6)
 

@@ -310,13 +310,16 @@ def test_errors_say_what_is_wrong(trained):
         pranam_optax.revive_replicas(jnp.ones(2), tx.init(jnp.ones(2)), 0)
 
 
-def test_sharded_replicas(trained):
-    mesh = jax.make_mesh((2,), ("replicas",), axis_types=(jax.sharding.AxisType.Auto,))
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_sharded_replicas(trained, axis_type):
+    types = (jax.sharding.AxisType[axis_type],)
+    mesh = jax.make_mesh((2,), ("replicas",), axis_types=types)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("replicas"))
     params = spoil(trained[0], 2, jnp.nan)
     expected = revive(params, trained[1], 0, values=VALUES)
     sharded = jax.device_put(params, sharding)
-    new, state = revive(sharded, trained[1], 0, values=VALUES)
+    with jax.set_mesh(mesh):
+        new, state = revive(sharded, trained[1], 0, values=VALUES)
     chex.assert_trees_all_close((new, state), expected, rtol=1e-5, atol=1e-6)
     for leaf in jax.tree.leaves(new):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
