@@ -241,9 +241,17 @@ def gain_table(cells: Cells, ours: str) -> str:
     """Geometric means over problems of the gain, per optimizer."""
     rows = []
     groups = {
-        f"{dim}-D multimodal": ("multimodal", f" {dim} rotated")
-        for dim in (10, 30, 100)
-    } | {"unimodal": ("unimodal", ""), "models": ("model", "")}
+        **{
+            f"{dim}-D multimodal": ("multimodal", f" {dim} rotated")
+            for dim in (10, 30, 100)
+        },
+        **{
+            f"{dim}-D multimodal, not rotated": ("multimodal", f" {dim}")
+            for dim in (30, 1000)
+        },
+        "unimodal": ("unimodal", ""),
+        "models": ("model", ""),
+    }
     optimizers = dict.fromkeys(o for _, o, _ in cells if o != "-")
     for group, (kind, part) in groups.items():
         for optimizer in optimizers:
@@ -255,7 +263,7 @@ def gain_table(cells: Cells, ours: str) -> str:
                         c.gain
                         for c in compare(cells, ours, theirs, what)
                         if (c.kind, c.optimizer) == (kind, optimizer)
-                        and part in c.problem
+                        and c.problem.endswith(part)
                     ]
                     if gains:
                         row.append(number(float(np.exp(np.mean(np.log(gains))))))
@@ -421,20 +429,24 @@ def preset_table(
 def target_table(cells: Cells, double: Cells) -> str:
     """What was aimed at, and what was measured."""
     rows: list[Sequence[str]] = []
-    versus = {w: compare(cells, "pranam", "independent", w) for w in ("mean", "best")}
-    for kind in ("multimodal", "model"):
+    versus = {
+        (method, what): compare(cells, method, "independent", what)
+        for method in ("pranam", "resampled")
+        for what in ("mean", "best")
+    }
+    for method, kind in product(("pranam", "resampled"), ("multimodal", "model")):
         mean, best = (
-            [c for c in comparisons if c.kind == kind]
-            for comparisons in versus.values()
+            [c for c in versus[method, what] if c.kind == kind]
+            for what in ("mean", "best")
         )
         if mean:
-            name = f"{kind} cells, against independent"
+            name = f"{kind} cells, {method} against independent"
             rows += [
                 (f"{name}: mean better", "at least 85 %", share(mean, "better")),
                 (f"{name}: mean worse", "at most 5 %", share(mean, "worse")),
                 (f"{name}: best worse", "at most 5 %", share(best, "worse")),
             ]
-    unimodal = [c for c in versus["mean"] if c.kind == "unimodal"]
+    unimodal = [c for c in versus["pranam", "mean"] if c.kind == "unimodal"]
     if unimodal:
         worst = min(unimodal, key=lambda c: c.gain)
         where = f"{worst.problem}, {worst.optimizer}"
@@ -457,12 +469,12 @@ def target_table(cells: Cells, double: Cells) -> str:
                 f"at most {slowest.evaluations:.2g} ({where})",
             )
         )
-    for method, optimizer, what in product(
-        ("pranam", "resampled"), ("Adam", "SGD", "Adagrad", "RMSProp"), versus
+    for optimizer, (method, what) in product(
+        ("Adam", "SGD", "Adagrad", "RMSProp"), versus
     ):
         logs = [
             np.log(c.gain)
-            for c in compare(cells, method, "independent", what)
+            for c in versus[method, what]
             if (c.kind, c.optimizer) == ("multimodal", optimizer)
             and c.problem.endswith(" 30 rotated")
         ]
