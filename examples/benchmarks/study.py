@@ -71,7 +71,7 @@ Results = dict[str, dict[str, Any]]
 # Peers run one evaluation at a time: on the first of the reported seeds only.
 PEER_SEEDS = 3
 
-# Cells at a time. What takes most of the time of many is compilation, on one core.
+# Cells at a time: compilation takes most of the time of many, and uses one core.
 NUM_WORKERS = min(os.cpu_count() or 1, 4)
 
 RATES = tuple(float(f"{10**k:.3g}") for k in np.arange(-2.5, 1.5, 0.5))
