@@ -9,8 +9,10 @@ on other seeds than those of the table.
 """
 
 import argparse
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +37,11 @@ class Setting(NamedTuple):
     spread: float = 0.4
     learning_rates: tuple[float, ...] = LEARNING_RATES
     tuning_seeds: range = range(2)
-    report_seeds: range = range(100, 110)
+    report_seeds: range = range(100, 112)
+
+
+# Seeds and learning rates, one of each per run, to losses, curves and paths.
+Run = Callable[[Sequence[int], Sequence[float]], Any]
 
 
 class Result(NamedTuple):
@@ -70,10 +76,11 @@ def make_methods(
 
 def make_run(
     problem: problems.Problem, link: optax.GradientTransformation, setting: Setting
-) -> Callable[[jax.Array, float], Any]:
-    """A jitted training run: (key, learning rate) to final losses, curves, paths."""
+) -> Run:
+    """Jitted training runs, all at once."""
 
     @jax.jit
+    @jax.vmap
     def run(key: jax.Array, learning_rate: jax.Array) -> Any:
         instance_key, replica_key = jax.random.split(key)
         instance = problems.randomize(problem, instance_key, spread=setting.spread)
@@ -98,39 +105,33 @@ def make_run(
         return jax.vmap(instance.fun)(params), values, paths
 
     half_width = float(problem.high[0] - problem.low[0]) / 2
-    return lambda key, rate: run(key, rate * half_width)
-
-
-def compare(
-    problem: problems.Problem,
-    link: optax.GradientTransformation,
-    setting: Setting,
-    progress: tqdm,
-) -> Result:
-    """Tunes the learning rate, then runs the report seeds."""
-    run = make_run(problem, link, setting)
-
-    def timed(seed: int, rate: float) -> tuple[np.ndarray, np.ndarray, float]:
-        start = time.perf_counter()
-        values, curves, _ = jax.block_until_ready(run(jax.random.key(seed), rate))
-        seconds = time.perf_counter() - start
-        progress.update()
-        return np.asarray(values), np.asarray(curves), seconds
-
-    scores = {
-        rate: np.mean([timed(seed, rate)[0].mean() for seed in setting.tuning_seeds])
-        for rate in setting.learning_rates
-    }
-    rate = min(scores, key=lambda rate: np.nan_to_num(scores[rate], nan=np.inf))
-    values, curves, seconds = zip(
-        *(timed(seed, rate) for seed in setting.report_seeds), strict=True
+    return lambda seeds, rates: run(
+        jax.vmap(jax.random.key)(jnp.asarray(seeds)), half_width * jnp.asarray(rates)
     )
+
+
+def tune(run: Run, setting: Setting) -> float:
+    """The learning rate with the lowest mean loss over the tuning seeds."""
+    pairs = itertools.product(setting.learning_rates, setting.tuning_seeds)
+    rates, seeds = zip(*pairs, strict=True)
+    values, _, _ = run(seeds, rates)
+    scores = values.reshape(len(setting.learning_rates), -1).mean(axis=1)
+    return setting.learning_rates[int(jnp.nanargmin(scores))]
+
+
+def report(
+    problem: problems.Problem, run: Run, learning_rate: float, setting: Setting
+) -> Result:
+    """The report seeds, all at once."""
+    seeds = setting.report_seeds
+    start = time.perf_counter()
+    values, curves, _ = jax.block_until_ready(run(seeds, [learning_rate] * len(seeds)))
     return Result(
-        learning_rate=rate,
+        learning_rate=learning_rate,
         mean=np.mean(values, axis=1) - problem.minimum,
         best=np.min(values, axis=1) - problem.minimum,
-        curves=np.stack(curves) - problem.minimum,
-        seconds=float(np.median(seconds)),
+        curves=np.asarray(curves) - problem.minimum,
+        seconds=(time.perf_counter() - start) / len(seeds),
     )
 
 
@@ -200,7 +201,7 @@ def plot(file: str, results: dict[str, dict[str, Result]], setting: Setting) -> 
         links = make_methods(small.num_steps, width=2)
         for ax, method in zip(row[1:], ("Adam", "pranam + Adam"), strict=True):
             run = make_run(problem, links[method], small)
-            values, _, paths = run(key, 0.1)
+            values, _, (paths,) = run([0], [0.1])
             ax.contourf(grid, grid, height, levels=30, cmap="Greys_r")
             ax.plot(paths[..., 0], paths[..., 1], lw=0.8)
             ax.plot(*paths[-1].T, "o", color="tab:red", ms=5, label="last step")
@@ -237,19 +238,20 @@ def main() -> None:
             tuning_seeds=range(1),
             report_seeds=range(100, 102),
         )
-    methods = make_methods(setting.num_steps)
-    per_method = len(setting.report_seeds) + len(setting.tuning_seeds) * len(
-        setting.learning_rates
-    )
-    pairs = make_problems(setting.dim)
     start = time.perf_counter()
+    methods = make_methods(setting.num_steps)
+    cells = list(itertools.product(make_problems(setting.dim).items(), methods.items()))
+    runs = [make_run(problem, link, setting) for (_, problem), (_, link) in cells]
+    # Compilation and tuning on all cores, then what is timed, each alone.
+    with ThreadPoolExecutor() as pool:
+        tuned = pool.map(lambda run: tune(run, setting), runs)
+        rates = list(tqdm(tuned, "tuning", len(runs)))
     results: dict[str, dict[str, Result]] = {}
-    with tqdm(total=len(pairs) * len(methods) * per_method, unit="run") as progress:
-        for name, problem in pairs.items():
-            results[name] = {}
-            for method, link in methods.items():
-                progress.set_description(f"{name}, {method}")
-                results[name][method] = compare(problem, link, setting, progress)
+    for ((name, problem), (method, _)), run, rate in zip(
+        tqdm(cells, "report"), runs, rates, strict=True
+    ):
+        by_method = results.setdefault(name, {})
+        by_method[method] = report(problem, run, rate, setting)
 
     print(
         f"{setting.dim}-D, {setting.num_replicas} replicas, {setting.num_steps} steps; "

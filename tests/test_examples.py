@@ -23,9 +23,7 @@ def test_quickstart_gives_all_methods_the_same_problem_and_replicas(optax_promot
     )
     problem = quickstart.make_problems(2)["Ackley"]
     first = [
-        quickstart.make_run(problem, link, setting)(quickstart.jax.random.key(0), 0.1)[
-            1
-        ]
+        quickstart.make_run(problem, link, setting)([0], [0.1])[1][0]
         for link in quickstart.make_methods(3).values()
     ]
     # Losses of the initial replicas, [step, replica].
@@ -42,13 +40,9 @@ def test_quickstart_reaches_minima_that_adam_does_not(name, rate, optax_promotio
     methods = quickstart.make_methods(setting.num_steps)
 
     def result(method, rates):
-        with quickstart.tqdm(disable=True) as progress:
-            return quickstart.compare(
-                problem,
-                methods[method],
-                setting._replace(learning_rates=rates),
-                progress,
-            )
+        run = quickstart.make_run(problem, methods[method], setting)
+        rate = quickstart.tune(run, setting._replace(learning_rates=rates))
+        return quickstart.report(problem, run, rate, setting)
 
     adam = result("Adam", quickstart.LEARNING_RATES)
     ours = result("pranam + Adam", (rate,))
