@@ -11,7 +11,6 @@ on other seeds than those of the table.
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -38,10 +37,6 @@ class Setting(NamedTuple):
     learning_rates: tuple[float, ...] = LEARNING_RATES
     tuning_seeds: range = range(2)
     report_seeds: range = range(100, 112)
-
-
-# Seeds and learning rates, one of each per run, to losses, curves and paths.
-Run = Callable[[Sequence[int], Sequence[float]], Any]
 
 
 class Result(NamedTuple):
@@ -76,18 +71,21 @@ def make_methods(
 
 def make_run(
     problem: problems.Problem, link: optax.GradientTransformation, setting: Setting
-) -> Run:
-    """Jitted training runs, all at once."""
+) -> jax.stages.Wrapped:
+    """Runs side by side: (seeds, learning rates) to losses, curves and paths."""
+    half_width = float(problem.high[0] - problem.low[0]) / 2
 
     @jax.jit
     @jax.vmap
-    def run(key: jax.Array, learning_rate: jax.Array) -> Any:
-        instance_key, replica_key = jax.random.split(key)
+    def run(seed: jax.Array, learning_rate: jax.Array) -> Any:
+        instance_key, replica_key = jax.random.split(jax.random.key(seed))
         instance = problems.randomize(problem, instance_key, spread=setting.spread)
         params = pranam_optax.replicate(
             instance.init, replica_key, setting.num_replicas
         )
-        schedule = optax.cosine_decay_schedule(learning_rate, setting.num_steps)
+        schedule = optax.cosine_decay_schedule(
+            half_width * learning_rate, setting.num_steps
+        )
         tx = optax.chain(link, optax.adam(schedule))
         grad_fn = pranam_optax.replica_value_and_grad(instance.fun)
 
@@ -104,28 +102,38 @@ def make_run(
         )
         return jax.vmap(instance.fun)(params), values, paths
 
-    half_width = float(problem.high[0] - problem.low[0]) / 2
-    return lambda seeds, rates: run(
-        jax.vmap(jax.random.key)(jnp.asarray(seeds)), half_width * jnp.asarray(rates)
+    return run
+
+
+def tuning_runs(setting: Setting) -> tuple[jax.Array, jax.Array]:
+    """Seeds and learning rates, every pair once."""
+    rates, seeds = jnp.meshgrid(
+        jnp.array(setting.learning_rates),
+        jnp.array(setting.tuning_seeds),
+        indexing="ij",
     )
+    return seeds.ravel(), rates.ravel()
 
 
-def tune(run: Run, setting: Setting) -> float:
+def tune(run: jax.stages.Wrapped, setting: Setting) -> float:
     """The learning rate with the lowest mean loss over the tuning seeds."""
-    pairs = itertools.product(setting.learning_rates, setting.tuning_seeds)
-    rates, seeds = zip(*pairs, strict=True)
-    values, _, _ = run(seeds, rates)
+    values, _, _ = run(*tuning_runs(setting))
     scores = values.reshape(len(setting.learning_rates), -1).mean(axis=1)
     return setting.learning_rates[int(jnp.nanargmin(scores))]
 
 
 def report(
-    problem: problems.Problem, run: Run, learning_rate: float, setting: Setting
+    problem: problems.Problem,
+    run: jax.stages.Wrapped,
+    learning_rate: float,
+    setting: Setting,
 ) -> Result:
-    """The report seeds, all at once."""
-    seeds = setting.report_seeds
+    """The report seeds."""
+    seeds = jnp.array(setting.report_seeds)
     start = time.perf_counter()
-    values, curves, _ = jax.block_until_ready(run(seeds, [learning_rate] * len(seeds)))
+    values, curves, _ = jax.block_until_ready(
+        run(seeds, jnp.full(seeds.shape, learning_rate))
+    )
     return Result(
         learning_rate=learning_rate,
         mean=np.mean(values, axis=1) - problem.minimum,
@@ -201,7 +209,7 @@ def plot(file: str, results: dict[str, dict[str, Result]], setting: Setting) -> 
         links = make_methods(small.num_steps, width=2)
         for ax, method in zip(row[1:], ("Adam", "pranam + Adam"), strict=True):
             run = make_run(problem, links[method], small)
-            values, _, (paths,) = run([0], [0.1])
+            values, _, (paths,) = run(jnp.array([0]), jnp.array([0.1]))
             ax.contourf(grid, grid, height, levels=30, cmap="Greys_r")
             ax.plot(paths[..., 0], paths[..., 1], lw=0.8)
             ax.plot(*paths[-1].T, "o", color="tab:red", ms=5, label="last step")
@@ -242,16 +250,17 @@ def main() -> None:
     methods = make_methods(setting.num_steps)
     cells = list(itertools.product(make_problems(setting.dim).items(), methods.items()))
     runs = [make_run(problem, link, setting) for (_, problem), (_, link) in cells]
-    # Compilation and tuning on all cores, then what is timed, each alone.
+    # Compilation takes most of the time, and only one core for each.
     with ThreadPoolExecutor() as pool:
-        tuned = pool.map(lambda run: tune(run, setting), runs)
-        rates = list(tqdm(tuned, "tuning", len(runs)))
+        seeds_and_rates = tuning_runs(setting)
+        compiled = pool.map(lambda run: run.lower(*seeds_and_rates).compile(), runs)
+        list(tqdm(compiled, "compile", len(runs)))
     results: dict[str, dict[str, Result]] = {}
-    for ((name, problem), (method, _)), run, rate in zip(
-        tqdm(cells, "report"), runs, rates, strict=True
+    for ((name, problem), (method, _)), run in zip(
+        tqdm(cells, "run"), runs, strict=True
     ):
         by_method = results.setdefault(name, {})
-        by_method[method] = report(problem, run, rate, setting)
+        by_method[method] = report(problem, run, tune(run, setting), setting)
 
     print(
         f"{setting.dim}-D, {setting.num_replicas} replicas, {setting.num_steps} steps; "

@@ -23,7 +23,9 @@ def test_quickstart_gives_all_methods_the_same_problem_and_replicas(optax_promot
     )
     problem = quickstart.make_problems(2)["Ackley"]
     first = [
-        quickstart.make_run(problem, link, setting)([0], [0.1])[1][0]
+        quickstart.make_run(problem, link, setting)(
+            np.array([0]), np.array([0.1], "f")
+        )[1][0]
         for link in quickstart.make_methods(3).values()
     ]
     # Losses of the initial replicas, [step, replica].
