@@ -4,7 +4,7 @@
     python examples/flax_mnist.py --hidden 20 20 --output model.msgpack
 
 Both sides start from the same replicas, see the same batches and take the same number
-of steps, each at the learning rate that examples/benchmarks/mnist.py found best for it.
+of steps at the same learning rate.
 """
 
 import argparse

@@ -103,9 +103,12 @@ def pranam(
         replica.
       coupling: c in [0, 1]: 0 leaves the replicas independent, 1 moves them by the
         embedding alone. A scalar, one value per replica (`[R]`), or a schedule of
-        either, whose values are clipped to [0, 1].
+        either, whose values are clipped to [0, 1]. The default never releases the
+        replicas: for results give a schedule from 1 to 0, such as
+        `optax.linear_schedule(1.0, 0.0, int(0.6 * num_steps))`.
       step_size: s, how far the target lies from the replicas, in units of their
-        spread (for a gradient of RMS 1).
+        spread (for a gradient of RMS 1): 4 for functions and for models trained on
+        all their data, 1 for networks in mini-batches.
       normalize_updates: if True the updates have RMS about 1 and do not depend on
         the scale of the loss; if False U is multiplied by rms(G), and c = 0 returns
         the gradients unchanged.

@@ -77,7 +77,10 @@ def read(results: dict[str, Any]) -> dict[tuple[str, str, str], Cell]:
     for name, raw in results.items():
         problem, optimizer, method = name.split(" | ")
         scores = np.array(raw["scores"], float)
-        filled = np.nan_to_num(scores, nan=np.inf)
+        means = np.array(raw.get("means", []), float)
+        # A replica that diverged has not left its start, as far as anyone can use it.
+        start = means[:, :1] if means.size else np.inf
+        filled = np.where(np.isfinite(scores), scores, start)
         accuracies = np.array(raw.get("accuracies", np.nan), float)
         accuracy = None
         if np.isfinite(accuracies).any():
@@ -94,7 +97,7 @@ def read(results: dict[str, Any]) -> dict[tuple[str, str, str], Cell]:
             filled.min(axis=1),
             accuracy,
             float(np.mean(filled.min(axis=1) < raw["solved"])),
-            np.array(raw.get("means", []), float),
+            means,
         )
     return cells
 

@@ -385,6 +385,9 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="list the names and stop")
     args = parser.parse_args()
 
+    # Programs of several threads would share few threads of execution, and could wait
+    # for each other forever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     makers = make_tasks(args.data_dir)
     if args.list:
         for title, names in (
