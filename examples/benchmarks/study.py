@@ -71,8 +71,11 @@ Results = dict[str, dict[str, Any]]
 # Peers run one evaluation at a time: on the first of the reported seeds only.
 PEER_SEEDS = 3
 
-# Cells at a time: compilation takes most of the time of many, and uses one core.
+# Cells at a time: compilation takes most of the time of many, and uses one core. They
+# take turns in running: programs that run side by side on few cores can wait for each
+# other forever.
 NUM_WORKERS = min(os.cpu_count() or 1, 4)
+TURN = Lock()
 
 RATES = tuple(float(f"{10**k:.3g}") for k in np.arange(-2.5, 1.5, 0.5))
 
@@ -261,20 +264,25 @@ def compare(
     setting: Setting,
 ) -> dict[str, Any]:
     """Tunes the learning rate on the first starts and runs the others with it."""
-    tuning, report = (
-        pick(starts, slice(num_tuning)),
-        pick(starts, slice(num_tuning, None)),
-    )
-    chunk = min(task.num_runs, len(report.batches))
+    chunk = min(task.num_runs, len(starts.batches) - num_tuning)
     run = make_run(task, method, optimizer, setting.num_points)
     program = jax.jit(
         jax.vmap(run, in_axes=(None, 0, 0)),
         compiler_options=compiler_options(setting.optimization_level),
     )
-    tuned = run_all(program, task, tuning, setting.rates, chunk)
-    levels = geometric_mean(tuned.scores.mean(axis=-1), task.floor)
-    best = int(np.argmin(levels))
-    reported = run_all(program, task, report, setting.rates[best : best + 1], chunk)
+
+    def first(x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((chunk, *x.shape[1:]), x.dtype)
+
+    rates = jax.ShapeDtypeStruct((chunk,), jnp.float32)
+    program.lower(task.data, jax.tree.map(first, starts), rates).compile()
+    with TURN:
+        tuning = pick(starts, slice(num_tuning))
+        tuned = run_all(program, task, tuning, setting.rates, chunk)
+        levels = geometric_mean(tuned.scores.mean(axis=-1), task.floor)
+        best = int(np.argmin(levels))
+        report = pick(starts, slice(num_tuning, None))
+        reported = run_all(program, task, report, setting.rates[best : best + 1], chunk)
     outcome = {name: short(x[0]) for name, x in reported._asdict().items()}
     if task.accuracy is None:
         del outcome["accuracies"]
@@ -322,7 +330,6 @@ def study(
     results: Results = json.loads(output.read_text()) if output.exists() else {}
     plan = {" | ".join(cell): cell for cell in cells(list(makers), optimizers, methods)}
     order = list(dict.fromkeys([*results, *plan]))
-    lock = Lock()
 
     @lru_cache(maxsize=NUM_WORKERS)
     def prepare(problem: str) -> tuple[Task, Start, int]:
@@ -335,15 +342,16 @@ def study(
         return task, starts, len(tuning_seeds)
 
     def run(problem: str, optimizer: str, method: str) -> dict[str, Any] | None:
-        with lock:
+        with TURN:
             task, starts, num_tuning = prepare(problem)
         if method not in PEERS:
             result = compare(task, method, optimizer, starts, num_tuning, setting)
         elif task.box is None:
             return None
         else:
-            report = pick(starts, slice(num_tuning, num_tuning + PEER_SEEDS))
-            result = run_peer(task, method, report.problem, setting.gradient_cost)
+            with TURN:
+                report = pick(starts, slice(num_tuning, num_tuning + PEER_SEEDS))
+                result = run_peer(task, method, report.problem, setting.gradient_cost)
         return result | {"kind": task.kind, "solved": task.solved}
 
     with (
@@ -385,9 +393,6 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="list the names and stop")
     args = parser.parse_args()
 
-    # Programs of several threads would share few threads of execution, and could wait
-    # for each other forever.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     makers = make_tasks(args.data_dir)
     if args.list:
         for title, names in (
