@@ -13,6 +13,10 @@ from pranam_optax._tree import PyTree, leaf_dtype
 # How far inside the box a start lies at least, in parts of the half-width or scale: on
 # a bound itself the transform is stationary.
 _MARGIN = 1e-3
+_FORM = (
+    "expected one pair for the whole leaf, (low_array, high_array) or numbers, with "
+    "-jnp.inf or jnp.inf for no bound"
+)
 
 
 @jax.tree_util.register_dataclass
@@ -204,12 +208,17 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
       like: one model's params, or their shapes; None to take them from the bounds.
 
     Raises:
-      ValueError: for bounds of another structure or shape, or reversed.
+      ValueError: for bounds of another structure or shape, or reversed, and for sides
+        that are no numbers or arrays.
     """
     if like is None:
         if bounds is None:
             raise ValueError("pass init, or bounds, or both")
-        shapes = jax.tree.map(_shape_between, bounds, is_leaf=_is_pair)
+        shapes = jax.tree_util.tree_map_with_path(
+            lambda path, pair: _shape_between("bounds" + keystr(path), pair),
+            bounds,
+            is_leaf=_is_pair,
+        )
         check_params(shapes, "bounds")
     else:
         shapes = like
@@ -228,8 +237,7 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
         jax.tree_util.tree_leaves_with_path(shapes), pairs, strict=True
     ):
         where, shape, dtype = "bounds" + keystr(path), jnp.shape(leaf), leaf_dtype(leaf)
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise ValueError(f"{where} must be a pair (low, high), got {pair!r}")
+        _check_pair(where, pair)
         for side in pair:
             if not broadcasts_to(jnp.shape(side), shape):
                 raise ValueError(
@@ -246,6 +254,18 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
         highs.append(jnp.broadcast_to(jnp.asarray(high, dtype), shape))
         kinds.append(_kind(low, high))
     return Bounds(treedef.unflatten(lows), treedef.unflatten(highs), tuple(kinds))
+
+
+def _check_pair(where: str, pair: Any) -> None:
+    """Checks that the bounds of a leaf are two numbers or arrays."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ValueError(f"{where} must be a pair (low, high), got {pair!r}; {_FORM}")
+    for side in pair:
+        if not (isinstance(side, (int, float)) or hasattr(side, "dtype")):
+            raise ValueError(
+                f"{where} has a side that is no number or array, {side!r}, in "
+                f"{pair!r}; {_FORM}"
+            )
 
 
 def _kind(low: Any, high: Any) -> str:
@@ -308,12 +328,8 @@ def _is_pair(node: Any) -> bool:
     )
 
 
-def _shape_between(pair: Any) -> jax.ShapeDtypeStruct:
-    if not _is_pair(pair):
-        raise ValueError(
-            "without init, bounds must be a tree of pairs (low, high); got "
-            f"{pair!r} as a leaf"
-        )
+def _shape_between(where: str, pair: Any) -> jax.ShapeDtypeStruct:
+    _check_pair(where, pair)
     sides = [jnp.asarray(side, float) for side in pair]
     if all(_concrete(s) for s in sides) and not all(
         np.all(np.isfinite(s)) for s in sides

@@ -197,6 +197,17 @@ def test_leaves_with_bounds_of_one_kind_equal_those_with_mixed_ones():
     )
 
 
+def test_params_may_be_tuples_and_lists():
+    """Nested pairs are one pair for each leaf where the params are a tuple."""
+    for init in ((0.5, 3.0), None):
+        bounds = parse_bounds(((0, 1), (2.0, np.float32(5))), init)
+        assert bounds.low == (0, 2)
+        assert bounds.high == (1, 5)
+    bounds = parse_bounds([[np.zeros(2), jnp.ones(2)], (2, 5)], [jnp.ones(2), 3.0])
+    np.testing.assert_array_equal(bounds.high[0], [1, 1])
+    assert bounds.high[1] == 5
+
+
 # The result
 
 
@@ -313,6 +324,31 @@ def test_plot_shows_curves_and_minima():
             "without init, bounds must be finite",
         ),
         ({}, None, ValueError, "init has no leaves"),
+        # SciPy's form, which could be read as a pair of rows.
+        (
+            jnp.array([0.5, 3.0]),
+            [(0, 1), (2, 5)],
+            ValueError,
+            r"bounds has a side .* \(0, 1\), .* \(low_array, high_array\)",
+        ),
+        (
+            jnp.ones(3),
+            [(0, 2)] * 3,
+            ValueError,
+            r"bounds must be a pair .* one pair for the whole leaf",
+        ),
+        (
+            {"x": 1.0, "y": 1.0},
+            {"x": (0, None), "y": (0, 2)},
+            ValueError,
+            r"bounds\['x'\] has a side .* None, .* jnp.inf for no bound",
+        ),
+        (
+            None,
+            {"x": (None, 1), "y": (0, 2)},
+            ValueError,
+            r"bounds\['x'\] has a side .* None, .* jnp.inf for no bound",
+        ),
     ],
 )
 def test_bad_starts_and_bounds(init, bounds, error, message):
