@@ -85,6 +85,17 @@ def test_known_errors_of_the_data(fitted):
     )
 
 
+def test_replicas_share_a_minimum_of_zero():
+    """Without noise the values are nothing but rounding."""
+    x, _ = make_line()
+    y = 2 * x - 1
+    for polish in ("lm", "lbfgs"):
+        result = pranam_optax.fit(line, x, y, bounds=BOUNDS, polish=polish, **SMALL)
+        assert result.value < 1e-12
+        assert result.confirmed
+        assert [m.num_replicas for m in result.minima] == [8]
+
+
 def test_many_data_sets_at_once(fitted):
     x, _ = make_line()
     ys = np.stack([make_line(0)[1], make_line(1, -3.0)[1], make_line(2, 0.5)[1]])
