@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from pranam_optax._tree import PyTree, leaf_dtype
+from pranam_optax._tree import PyTree, cast, leaf_dtype
 
 # How far inside the box a start lies at least, in parts of the half-width or scale: on
 # a bound itself the transform is stationary.
@@ -166,12 +166,13 @@ def draw_around(key: jax.Array, start: PyTree, bounds: Bounds) -> PyTree:
     def draw(
         kind: str, low: jax.Array, high: jax.Array, key: jax.Array, x: jax.Array
     ) -> jax.Array:
+        dtype = x.dtype
         # One draw serves all cases: half the time to compile.
-        tiny = jnp.finfo(x.dtype).eps
-        u = jax.random.uniform(key, x.shape, x.dtype, tiny, 1.0)
+        low, high, x = cast((low, high, x))  # ndtri takes no half precision
+        u = jax.random.uniform(key, x.shape, x.dtype, jnp.finfo(x.dtype).eps, 1.0)
         normal = jax.scipy.special.ndtri(u)
         bottom, top = _finite(low), _finite(high)
-        return _select(
+        drawn = _select(
             kind,
             low,
             high,
@@ -180,6 +181,7 @@ def draw_around(key: jax.Array, start: PyTree, bounds: Bounds) -> PyTree:
             top - size(top - x) * jnp.exp(normal),
             x + size(x) * normal,
         )
+        return drawn.astype(dtype)
 
     leaves, treedef = jax.tree.flatten(start)
     keys = jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
@@ -293,7 +295,7 @@ def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 
 def check_within(params: PyTree, bounds: Bounds, name: str) -> None:
-    """Checks that params, of one model or stacked, lie within their bounds."""
+    """Checks that params, of one model or stacked, are finite and within bounds."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, x), a, b in zip(
         leaves,
@@ -303,6 +305,12 @@ def check_within(params: PyTree, bounds: Bounds, name: str) -> None:
     ):
         if not _concrete(x, a, b):
             continue
+        bad = ~np.isfinite(np.asarray(x))
+        if bad.any():
+            raise ValueError(
+                f"{name}{keystr(path)} (shape {jnp.shape(x)}) is NaN or infinite in "
+                f"{bad.sum()} of {bad.size} entries"
+            )
         outside = ~((np.asarray(x) >= np.asarray(a)) & (np.asarray(x) <= np.asarray(b)))
         if outside.any():
             raise ValueError(

@@ -48,7 +48,7 @@ class Progress(NamedTuple):
     Attributes:
       step: steps of the coupled phase done so far.
       num_steps: steps of the coupled phase in all.
-      params: params of all replicas, stacked.
+      params: where each replica has seen its lowest value, stacked.
       values: the lowest value each replica has seen, `[R]`.
     """
 
@@ -163,8 +163,8 @@ def minimize(
 
     Raises:
       ValueError: for bounds that are reversed or of another structure than the params,
-        starts outside the bounds, a `fun` that does not return a scalar or is not
-        finite at any start, or arguments out of range.
+        starts that are not finite or outside the bounds, a `fun` that does not return
+        a scalar or is not finite at any start, or arguments out of range.
       TypeError: for params that are not real floats.
 
     Examples:

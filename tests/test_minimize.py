@@ -208,6 +208,26 @@ def test_params_may_be_tuples_and_lists():
     assert bounds.high[1] == 5
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    first = jnp.array([0.0, 2.0, 1.0, 10.0], dtype)
+    bounds = parse_bounds((LOW, HIGH), first)
+    starts = jax.vmap(lambda key: draw_around(key, first, bounds))(
+        jax.random.split(jax.random.key(0), 100)
+    )
+    assert starts.dtype == dtype
+    assert jnp.all((starts >= bounds.low[None]) & (starts <= bounds.high[None]))
+    result = pranam_optax.minimize(
+        lambda x: jnp.sum(jnp.square(x - 1)),
+        jnp.zeros(3, dtype),
+        bounds=(-2.0, 2.0),
+        **SMALL,
+    )
+    assert result.params.dtype == dtype
+    np.testing.assert_allclose(result.params.astype(jnp.float32), 1, atol=0.2)
+    assert result.minima
+
+
 # The result
 
 
@@ -354,6 +374,24 @@ def test_plot_shows_curves_and_minima():
 def test_bad_starts_and_bounds(init, bounds, error, message):
     with pytest.raises(error, match=message):
         pranam_optax.minimize(camel, init, bounds=bounds)
+
+
+def test_starts_that_are_not_finite():
+    def init(key):
+        x = jax.random.normal(key, (3,))
+        return {"x": jnp.where(x > 1.5, jnp.nan, x)}
+
+    message = r"init\(key\)\['x'\] .* is NaN or infinite in \d of 24 entries"
+    with pytest.raises(ValueError, match=message):
+        pranam_optax.minimize(
+            lambda p: jnp.sum(p["x"] ** 2),
+            init,
+            num_replicas=2,
+            num_steps=1,
+            polish=None,
+        )
+    with pytest.raises(ValueError, match=r"init\['x'\] .* in 1 of 2 entries"):
+        pranam_optax.minimize(jnp.sum, {"x": jnp.array([1.0, jnp.inf])})
 
 
 def test_bad_functions():
