@@ -137,6 +137,22 @@ def test_start_and_single_bounds_are_kept():
     np.testing.assert_allclose(result.value, 10, rtol=0.01)
 
 
+def test_params_may_be_callable():
+    """An Equinox model is one model's params, not a function that draws them."""
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP("scalar", "scalar", 3, 1, jnp.tanh, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    x = jnp.linspace(-1, 1, 20)
+
+    def loss(params):
+        return jnp.mean((jax.vmap(eqx.combine(params, static))(x) - x**2) ** 2)
+
+    result = pranam_optax.minimize(loss, params, **SMALL)
+    np.testing.assert_allclose(result.start_values[0], loss(params), rtol=1e-5)
+    assert result.value < 1e-3
+    assert jax.tree.structure(result.params) == jax.tree.structure(params)
+
+
 # Coordinates
 
 
