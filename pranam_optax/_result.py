@@ -107,7 +107,11 @@ class MinimizeResult:
 
     @property
     def confirmed(self) -> bool:
-        """Whether more than one replica ended in the best minimum."""
+        """Whether at least two replicas ended in the best minimum.
+
+        Coupled replicas are drawn together, so this is weak evidence: repeat with
+        another `key`, and once with `coupling=0.0`, before you trust it.
+        """
         return bool(self.minima) and self.minima[0].num_replicas > 1
 
     def to_dict(self) -> dict[str, Any]:
