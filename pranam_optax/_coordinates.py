@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from pranam_optax._tree import PyTree, leaf_dtype
+from pranam_optax._tree import PyTree, cast, leaf_dtype
 
 # How far inside the box a start lies at least, in parts of the half-width or scale: on
 # a bound itself the transform is stationary.
 _MARGIN = 1e-3
+_FORM = (
+    "expected one pair for the whole leaf, (low_array, high_array) or numbers, with "
+    "-jnp.inf or jnp.inf for no bound"
+)
 
 
 @jax.tree_util.register_dataclass
@@ -162,12 +166,13 @@ def draw_around(key: jax.Array, start: PyTree, bounds: Bounds) -> PyTree:
     def draw(
         kind: str, low: jax.Array, high: jax.Array, key: jax.Array, x: jax.Array
     ) -> jax.Array:
+        dtype = x.dtype
         # One draw serves all cases: half the time to compile.
-        tiny = jnp.finfo(x.dtype).eps
-        u = jax.random.uniform(key, x.shape, x.dtype, tiny, 1.0)
+        low, high, x = cast((low, high, x))  # ndtri takes no half precision
+        u = jax.random.uniform(key, x.shape, x.dtype, jnp.finfo(x.dtype).eps, 1.0)
         normal = jax.scipy.special.ndtri(u)
         bottom, top = _finite(low), _finite(high)
-        return _select(
+        drawn = _select(
             kind,
             low,
             high,
@@ -176,6 +181,7 @@ def draw_around(key: jax.Array, start: PyTree, bounds: Bounds) -> PyTree:
             top - size(top - x) * jnp.exp(normal),
             x + size(x) * normal,
         )
+        return drawn.astype(dtype)
 
     leaves, treedef = jax.tree.flatten(start)
     keys = jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
@@ -204,12 +210,17 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
       like: one model's params, or their shapes; None to take them from the bounds.
 
     Raises:
-      ValueError: for bounds of another structure or shape, or reversed.
+      ValueError: for bounds of another structure or shape, or reversed, and for sides
+        that are no numbers or arrays.
     """
     if like is None:
         if bounds is None:
             raise ValueError("pass init, or bounds, or both")
-        shapes = jax.tree.map(_shape_between, bounds, is_leaf=_is_pair)
+        shapes = jax.tree_util.tree_map_with_path(
+            lambda path, pair: _shape_between("bounds" + keystr(path), pair),
+            bounds,
+            is_leaf=_is_pair,
+        )
         check_params(shapes, "bounds")
     else:
         shapes = like
@@ -228,8 +239,7 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
         jax.tree_util.tree_leaves_with_path(shapes), pairs, strict=True
     ):
         where, shape, dtype = "bounds" + keystr(path), jnp.shape(leaf), leaf_dtype(leaf)
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise ValueError(f"{where} must be a pair (low, high), got {pair!r}")
+        _check_pair(where, pair)
         for side in pair:
             if not broadcasts_to(jnp.shape(side), shape):
                 raise ValueError(
@@ -246,6 +256,18 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
         highs.append(jnp.broadcast_to(jnp.asarray(high, dtype), shape))
         kinds.append(_kind(low, high))
     return Bounds(treedef.unflatten(lows), treedef.unflatten(highs), tuple(kinds))
+
+
+def _check_pair(where: str, pair: Any) -> None:
+    """Checks that the bounds of a leaf are two numbers or arrays."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ValueError(f"{where} must be a pair (low, high), got {pair!r}; {_FORM}")
+    for side in pair:
+        if not (isinstance(side, (int, float)) or hasattr(side, "dtype")):
+            raise ValueError(
+                f"{where} has a side that is no number or array, {side!r}, in "
+                f"{pair!r}; {_FORM}"
+            )
 
 
 def _kind(low: Any, high: Any) -> str:
@@ -273,7 +295,7 @@ def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 
 def check_within(params: PyTree, bounds: Bounds, name: str) -> None:
-    """Checks that params, of one model or stacked, lie within their bounds."""
+    """Checks that params, of one model or stacked, are finite and within bounds."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, x), a, b in zip(
         leaves,
@@ -283,6 +305,12 @@ def check_within(params: PyTree, bounds: Bounds, name: str) -> None:
     ):
         if not _concrete(x, a, b):
             continue
+        bad = ~np.isfinite(np.asarray(x))
+        if bad.any():
+            raise ValueError(
+                f"{name}{keystr(path)} (shape {jnp.shape(x)}) is NaN or infinite in "
+                f"{bad.sum()} of {bad.size} entries"
+            )
         outside = ~((np.asarray(x) >= np.asarray(a)) & (np.asarray(x) <= np.asarray(b)))
         if outside.any():
             raise ValueError(
@@ -308,12 +336,8 @@ def _is_pair(node: Any) -> bool:
     )
 
 
-def _shape_between(pair: Any) -> jax.ShapeDtypeStruct:
-    if not _is_pair(pair):
-        raise ValueError(
-            "without init, bounds must be a tree of pairs (low, high); got "
-            f"{pair!r} as a leaf"
-        )
+def _shape_between(where: str, pair: Any) -> jax.ShapeDtypeStruct:
+    _check_pair(where, pair)
     sides = [jnp.asarray(side, float) for side in pair]
     if all(_concrete(s) for s in sides) and not all(
         np.all(np.isfinite(s)) for s in sides

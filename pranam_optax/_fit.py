@@ -20,7 +20,7 @@ from pranam_optax._minimize import (
     search,
 )
 from pranam_optax._pranam import Coupling
-from pranam_optax._result import MinimizeResult, add_axis, as_matrix
+from pranam_optax._result import MinimizeResult, add_axis, as_matrix, check_single
 from pranam_optax._tree import PyTree
 
 Model = Callable[[PyTree, Any], jax.Array]
@@ -55,6 +55,7 @@ class FitResult(MinimizeResult):
 
     def predict(self, x: PyTree) -> jax.Array:
         """The model's output at the best params."""
+        check_single(self)
         return self.model(self.params, x)
 
     @property
@@ -65,6 +66,7 @@ class FitResult(MinimizeResult):
     @property
     def degrees_of_freedom(self) -> int:
         """Number of data less the number of fitted parameters."""
+        check_single(self)
         return self.y.size - sum(x.size for x in jax.tree.leaves(self.params))
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import Partial
+from jax.tree_util import Partial, all_leaves
 
 from pranam_optax import _polish
 from pranam_optax._coordinates import (
@@ -48,7 +48,7 @@ class Progress(NamedTuple):
     Attributes:
       step: steps of the coupled phase done so far.
       num_steps: steps of the coupled phase in all.
-      params: params of all replicas, stacked.
+      params: where each replica has seen its lowest value, stacked.
       values: the lowest value each replica has seen, `[R]`.
     """
 
@@ -142,7 +142,8 @@ def minimize(
       init: one model's params: the first start, around which the others are drawn
         (uniformly between finite bounds, log-normally at the start's distance from a
         single bound, normally with the start's own size where there is none). Or a
-        function of a key that returns a random start. Or None with finite bounds.
+        function of a key that returns a random start (a callable pytree, such as an
+        Equinox module, is params). Or None with finite bounds.
       key: seed or PRNG key of the starts and of the embedding.
       num_replicas: R.
       num_steps: T, steps of the coupled phase.
@@ -163,8 +164,8 @@ def minimize(
 
     Raises:
       ValueError: for bounds that are reversed or of another structure than the params,
-        starts outside the bounds, a `fun` that does not return a scalar or is not
-        finite at any start, or arguments out of range.
+        starts that are not finite or outside the bounds, a `fun` that does not return
+        a scalar or is not finite at any start, or arguments out of range.
       TypeError: for params that are not real floats.
 
     Examples:
@@ -279,7 +280,7 @@ def _make_objective(
     key: jax.Array,
 ) -> _Objective:
     first = None
-    if callable(init):
+    if callable(init) and (isinstance(init, Partial) or all_leaves([init])):
         draw = as_partial(init)
         shapes = jax.eval_shape(draw, key)
         check_params(shapes, "init(key)")

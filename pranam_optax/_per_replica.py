@@ -37,7 +37,8 @@ def per_replica(
       this: `values`, the replicas' losses (`[R]`), as each replica's scalar `value`,
       in place of one that is given; callables such as `value_fn`, a function of one
       model's params, and scalars as they are; of all other arrays and trees of arrays,
-      such as `grad`, each replica sees its part along axis 0.
+      such as `grad`, each replica sees its part along axis 0 (a tree like the updates
+      is one of these even if it is callable, as an Equinox model is).
 
     Raises:
       ValueError: from `init` and `update`, at trace time, for a leaf without replica
@@ -79,24 +80,35 @@ def per_replica(
         check_replicas(params, "params")
         _check_axis((params, state), ("params", "state"), num_replicas)
 
-        leaves, treedef = jax.tree.flatten(extra_args, is_leaf=callable)
-        mapped = [x if getattr(x, "ndim", 0) else None for x in leaves]
-        _check_axis(
-            jax.tree.unflatten(treedef, mapped).values(), extra_args, num_replicas
-        )
+        # A model may be callable, and so are its gradients then.
+        model: Any = jax.tree.structure(updates)
+        flat: dict[str, tuple[list[Any], Any]] = {
+            name: jax.tree.flatten(
+                x, is_leaf=None if jax.tree.structure(x) == model else callable
+            )
+            for name, x in extra_args.items()
+        }
+        mapped = {
+            name: [x if getattr(x, "ndim", 0) else None for x in leaves]
+            for name, (leaves, _) in flat.items()
+        }
+        for name, (_, treedef) in flat.items():
+            _check_axis([treedef.unflatten(mapped[name])], [name], num_replicas)
 
         def update_one(
             updates: PyTree,
             state: PyTree,
             params: PyTree,
-            mapped: list[Any],
+            mapped: dict[str, list[Any]],
             zero: jax.Array,
         ) -> tuple[PyTree, PyTree]:
-            parts = [
-                x if part is None else part
-                for x, part in zip(leaves, mapped, strict=True)
-            ]
-            extra_args = jax.tree.unflatten(treedef, parts)
+            extra_args = {
+                name: treedef.unflatten(
+                    x if part is None else part
+                    for x, part in zip(leaves, mapped[name], strict=True)
+                )
+                for name, (leaves, treedef) in flat.items()
+            }
             updates, state = tx.update(updates, state, params, **extra_args)
             return updates, _place(state, zero)
 

@@ -12,8 +12,8 @@ from jax.tree_util import keystr
 
 from pranam_optax._tree import PyTree
 
-# Replicas share a minimum if their values agree to this part of the value's size, and
-# their params to this part of the scale.
+# Replicas share a minimum if their values agree to this part of the value's size, or to
+# rounding of the values at the starts, and their params to this part of the scale.
 _VALUE_TOLERANCE = 1e-5
 _PARAMS_TOLERANCE = 1e-2
 
@@ -70,12 +70,17 @@ class MinimizeResult:
     def minima(self) -> list[Minimum]:
         """The distinct minima, the deepest first.
 
-        Two replicas share a minimum if their values agree (to 1e-5 of the value's size)
+        Two replicas share a minimum if their values agree (to 1e-5 of the value's size,
+        or to rounding of the median value at the starts: the lowest value may be zero)
         and no parameter differs by more than 1 % of its `scale`.
         """
         check_single(self)
         values = np.asarray(self.replica_values)
         points = as_matrix(self.replica_params) / as_matrix(add_axis(self.scale))
+        starts = np.abs(np.asarray(self.start_values, np.float64))
+        finite = np.isfinite(starts)
+        usual = np.median(starts[finite]) if finite.any() else 0.0
+        rounding = jnp.finfo(values.dtype).eps * usual
         groups: list[list[int]] = []
         for r in np.argsort(values, kind="stable"):
             if not np.isfinite(values[r]):
@@ -83,8 +88,8 @@ class MinimizeResult:
             for group in groups:
                 first = group[0]
                 near = np.max(np.abs(points[r] - points[first])) <= _PARAMS_TOLERANCE
-                size = max(abs(values[first]), np.finfo(values.dtype).tiny)
-                if near and values[r] - values[first] <= _VALUE_TOLERANCE * size:
+                tolerance = max(_VALUE_TOLERANCE * abs(values[first]), rounding)
+                if near and values[r] - values[first] <= tolerance:
                     group.append(int(r))
                     break
             else:
@@ -102,7 +107,11 @@ class MinimizeResult:
 
     @property
     def confirmed(self) -> bool:
-        """Whether more than one replica ended in the best minimum."""
+        """Whether at least two replicas ended in the best minimum.
+
+        Coupled replicas are drawn together, so this is weak evidence: repeat with
+        another `key`, and once with `coupling=0.0`, before you trust it.
+        """
         return bool(self.minima) and self.minima[0].num_replicas > 1
 
     def to_dict(self) -> dict[str, Any]:

@@ -186,9 +186,11 @@ def deviations_from(mean: PyTree, tree: PyTree, finite: jax.Array) -> PyTree:
 
 
 def times(factor: jax.Array, leaf: jax.Array) -> jax.Array:
-    """A scalar, or one factor per replica, times a leaf."""
-    factor = factor.astype(leaf.dtype)
-    return leaf * (broadcast_to_leaf(factor, leaf) if factor.ndim else factor)
+    """A scalar, or one factor per replica, times a leaf, in the leaf's dtype."""
+    # Cast after the product: in a narrower dtype the factor may be infinite.
+    dtype = compute_dtype(factor, leaf)
+    factor = broadcast_to_leaf(factor, leaf) if factor.ndim else factor
+    return (leaf.astype(dtype) * factor.astype(dtype)).astype(leaf.dtype)
 
 
 def scale(factor: jax.Array, tree: PyTree) -> PyTree:

@@ -85,6 +85,17 @@ def test_known_errors_of_the_data(fitted):
     )
 
 
+def test_replicas_share_a_minimum_of_zero():
+    """Without noise the values are nothing but rounding."""
+    x, _ = make_line()
+    y = 2 * x - 1
+    for polish in ("lm", "lbfgs"):
+        result = pranam_optax.fit(line, x, y, bounds=BOUNDS, polish=polish, **SMALL)
+        assert result.value < 1e-12
+        assert result.confirmed
+        assert [m.num_replicas for m in result.minima] == [8]
+
+
 def test_many_data_sets_at_once(fitted):
     x, _ = make_line()
     ys = np.stack([make_line(0)[1], make_line(1, -3.0)[1], make_line(2, 0.5)[1]])
@@ -92,6 +103,12 @@ def test_many_data_sets_at_once(fitted):
         ys
     )
     assert repr(results) == "FitResult(batch of shape (3,))"
+    for use in ("degrees_of_freedom", "residuals"):
+        with pytest.raises(ValueError, match=r"batch of results, of shape \(3,\)"):
+            getattr(results, use)
+    with pytest.raises(ValueError, match=r"batch of results, of shape \(3,\)"):
+        results.predict(x)
+    predictions = jax.vmap(lambda result: result.predict(x))(results)
     for i, y in enumerate(ys):
         slope, offset = np.polyfit(x, y, 1)
         np.testing.assert_allclose(results.params["slope"][i], slope, rtol=1e-7)
@@ -101,6 +118,7 @@ def test_many_data_sets_at_once(fitted):
     np.testing.assert_allclose(one.value, fitted.value, rtol=1e-9)
     assert len(one.minima) == 1
     assert one.degrees_of_freedom == 10
+    np.testing.assert_allclose(predictions[0], one.predict(x), rtol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,22 @@ def test_start_and_single_bounds_are_kept():
     np.testing.assert_allclose(result.value, 10, rtol=0.01)
 
 
+def test_params_may_be_callable():
+    """An Equinox model is one model's params, not a function that draws them."""
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP("scalar", "scalar", 3, 1, jnp.tanh, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    x = jnp.linspace(-1, 1, 20)
+
+    def loss(params):
+        return jnp.mean((jax.vmap(eqx.combine(params, static))(x) - x**2) ** 2)
+
+    result = pranam_optax.minimize(loss, params, **SMALL)
+    np.testing.assert_allclose(result.start_values[0], loss(params), rtol=1e-5)
+    assert result.value < 1e-3
+    assert jax.tree.structure(result.params) == jax.tree.structure(params)
+
+
 # Coordinates
 
 
@@ -195,6 +211,37 @@ def test_leaves_with_bounds_of_one_kind_equal_those_with_mixed_ones():
     chex.assert_trees_all_equal(
         list(together.from_params(params)), apart.from_params(list(params))
     )
+
+
+def test_params_may_be_tuples_and_lists():
+    """Nested pairs are one pair for each leaf where the params are a tuple."""
+    for init in ((0.5, 3.0), None):
+        bounds = parse_bounds(((0, 1), (2.0, np.float32(5))), init)
+        assert bounds.low == (0, 2)
+        assert bounds.high == (1, 5)
+    bounds = parse_bounds([[np.zeros(2), jnp.ones(2)], (2, 5)], [jnp.ones(2), 3.0])
+    np.testing.assert_array_equal(bounds.high[0], [1, 1])
+    assert bounds.high[1] == 5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    first = jnp.array([0.0, 2.0, 1.0, 10.0], dtype)
+    bounds = parse_bounds((LOW, HIGH), first)
+    starts = jax.vmap(lambda key: draw_around(key, first, bounds))(
+        jax.random.split(jax.random.key(0), 100)
+    )
+    assert starts.dtype == dtype
+    assert jnp.all((starts >= bounds.low[None]) & (starts <= bounds.high[None]))
+    result = pranam_optax.minimize(
+        lambda x: jnp.sum(jnp.square(x - 1)),
+        jnp.zeros(3, dtype),
+        bounds=(-2.0, 2.0),
+        **SMALL,
+    )
+    assert result.params.dtype == dtype
+    np.testing.assert_allclose(result.params.astype(jnp.float32), 1, atol=0.2)
+    assert result.minima
 
 
 # The result
@@ -313,11 +360,54 @@ def test_plot_shows_curves_and_minima():
             "without init, bounds must be finite",
         ),
         ({}, None, ValueError, "init has no leaves"),
+        # SciPy's form, which could be read as a pair of rows.
+        (
+            jnp.array([0.5, 3.0]),
+            [(0, 1), (2, 5)],
+            ValueError,
+            r"bounds has a side .* \(0, 1\), .* \(low_array, high_array\)",
+        ),
+        (
+            jnp.ones(3),
+            [(0, 2)] * 3,
+            ValueError,
+            r"bounds must be a pair .* one pair for the whole leaf",
+        ),
+        (
+            {"x": 1.0, "y": 1.0},
+            {"x": (0, None), "y": (0, 2)},
+            ValueError,
+            r"bounds\['x'\] has a side .* None, .* jnp.inf for no bound",
+        ),
+        (
+            None,
+            {"x": (None, 1), "y": (0, 2)},
+            ValueError,
+            r"bounds\['x'\] has a side .* None, .* jnp.inf for no bound",
+        ),
     ],
 )
 def test_bad_starts_and_bounds(init, bounds, error, message):
     with pytest.raises(error, match=message):
         pranam_optax.minimize(camel, init, bounds=bounds)
+
+
+def test_starts_that_are_not_finite():
+    def init(key):
+        x = jax.random.normal(key, (3,))
+        return {"x": jnp.where(x > 1.5, jnp.nan, x)}
+
+    message = r"init\(key\)\['x'\] .* is NaN or infinite in \d of 24 entries"
+    with pytest.raises(ValueError, match=message):
+        pranam_optax.minimize(
+            lambda p: jnp.sum(p["x"] ** 2),
+            init,
+            num_replicas=2,
+            num_steps=1,
+            polish=None,
+        )
+    with pytest.raises(ValueError, match=r"init\['x'\] .* in 1 of 2 entries"):
+        pranam_optax.minimize(jnp.sum, {"x": jnp.array([1.0, jnp.inf])})
 
 
 def test_bad_functions():

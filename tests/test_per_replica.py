@@ -211,6 +211,29 @@ def test_what_each_replica_sees_of_the_keywords():
     assert seen["grad"]["c"] == 2.5
 
 
+def test_gradients_of_a_callable_model(optax_promotion):
+    eqx = pytest.importorskip("equinox")
+
+    def init(key):
+        return eqx.nn.MLP(2, 1, 3, 1, jnp.tanh, key=key)
+
+    static = eqx.filter(init(jax.random.key(0)), eqx.is_inexact_array, inverse=True)
+    models = pranam_optax.replicate(
+        lambda key: eqx.filter(init(key), eqx.is_inexact_array), 0, R
+    )
+
+    def fun(params):
+        return jnp.sum(eqx.combine(params, static)(jnp.ones(2)) ** 2)
+
+    tx = pranam_optax.per_replica(optax.lbfgs())
+    values, grads = pranam_optax.replica_value_and_grad(fun)(models)
+    updates, _ = tx.update(
+        grads, tx.init(models), models, values=values, grad=grads, value_fn=fun
+    )
+    after = jax.vmap(fun)(optax.apply_updates(models, updates))
+    assert jnp.all(after < values)
+
+
 def test_keywords_that_the_transformation_does_not_know(params):
     tx = pranam_optax.per_replica(optax.scale(2.0))
     updates, _ = tx.update(params, tx.init(params), values=jnp.ones(R), other=loss)

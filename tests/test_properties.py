@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import pranam_optax
+from pranam_optax._minimize import _unit_gradients
 
 bf16, f16, f32, f64 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64
 
@@ -314,3 +315,29 @@ def test_gradients_of_any_size_for_f16_weights(
         np.testing.assert_array_equal(updates, grads)
     else:
         assert 0.1 < rms(updates) / size < 2
+
+
+@pytest.mark.parametrize("size", [1e-50, 1e-250, 1e50])
+def test_gradients_out_of_range_of_another_leaf(size):
+    """Of the loss's size nothing is left, also where f32 cannot hold its inverse."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        params = {
+            "a": jnp.asarray(rng.normal(size=(4, 3))),
+            "b": jnp.asarray(rng.normal(size=(4, 2)), f32),
+        }
+        grads = {"a": jnp.asarray(rng.normal(size=(4, 3))), "b": jnp.zeros((4, 2), f32)}
+        tx = pranam_optax.pranam(coupling=0.5)
+        state = tx.init(params)
+        expected, _ = tx.update(grads, state, params)
+        updates, state = tx.update(grads | {"a": size * grads["a"]}, state, params)
+        np.testing.assert_array_equal(state.nonfinite, 0)
+        for name, update in updates.items():
+            np.testing.assert_allclose(update, expected[name], rtol=1e-5)
+
+
+def test_unit_gradients_out_of_range_of_another_leaf():
+    grads = {"a": jnp.array([[2e-30, 1e-30]]), "b": jnp.zeros((1, 2), f16)}
+    units = _unit_gradients(grads)
+    np.testing.assert_allclose(units["a"], [[1, 0.5]], rtol=1e-6)
+    np.testing.assert_array_equal(units["b"], 0)
