@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pranam_optax
 
@@ -15,7 +16,7 @@ R = 8
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((2,), ("replicas",))
+    return jax.make_mesh((2, 2), ("replicas", "model"))
 
 
 @pytest.fixture(params=["alone", "set_mesh"])
@@ -40,6 +41,78 @@ def make_params(seed=0):
         seed,
         R,
     )
+
+
+def shard(tree, mesh):
+    """Replicas along one axis of the mesh and the models along the other."""
+
+    def place(x):
+        spec = ("replicas", *(None,) * (x.ndim - 2), "model")
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(place, tree)
+
+
+def loss(params, x):
+    return jnp.sum(jnp.tanh(x @ params["w"] + params["b"][None]) ** 2)
+
+
+@jax.jit
+def train(params, x):
+    tx = pranam_optax.pranam()
+    values, grads = pranam_optax.replica_value_and_grad(loss)(params, x)
+    updates, state = tx.update(grads, tx.init(params), params)
+    return optax.apply_updates(params, updates), state, values, grads
+
+
+READERS = {
+    "best_replica": lambda params, _, values, __: pranam_optax.best_replica(
+        params, values
+    ),
+    "select_replica": lambda params, *_: [
+        pranam_optax.select_replica(params, index) for index in (-2, jnp.array(3))
+    ],
+    "embedding_output": lambda _, state, *__: pranam_optax.embedding_output(state),
+    "replica_metrics": lambda *trained: pranam_optax.replica_metrics(
+        *trained, updated=trained[1], coupling=ladder(), step_size=4.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_read_out(name, mesh, context, compiled):
+    params, x = make_params(), jnp.ones((5, 3))
+    expected = READERS[name](*train(params, x))
+    trained = train(shard(params, mesh), x)
+    with context():
+        result = compiled(READERS[name])(*trained)
+    chex.assert_trees_all_close(result, expected, rtol=1e-3, atol=1e-4)
+    if name != "replica_metrics":
+        for leaf in jax.tree.leaves(result):
+            assert leaf.sharding.shard_shape(leaf.shape)[-1] == leaf.shape[-1] // 2
+
+
+def test_output_of_any_embedding(mesh, context, compiled):
+    embedding = pranam_optax.Embedding(
+        init=lambda key, params: params, apply=lambda phi: jax.tree.map(jnp.sin, phi)
+    )
+    tx, params = pranam_optax.pranam(embedding), make_params()
+    with context():
+        state = tx.init(shard(params, mesh))
+        output = compiled(pranam_optax.embedding_output)(state)
+    chex.assert_trees_all_close(output, jax.tree.map(jnp.sin, params), rtol=1e-5)
+    assert output["w"].sharding.shard_shape((R, 3, 2)) == (R // 2, 3, 2)
+
+
+def test_split_batch(mesh, context):
+    params, x = make_params(), jax.random.normal(jax.random.key(1), (2 * R, 3))
+    grad_fn = jax.jit(pranam_optax.replica_value_and_grad(loss, batch="split"))
+    expected = grad_fn(params, x)
+    for place in (PartitionSpec(), PartitionSpec("replicas")):
+        with context():
+            spread = jax.device_put(x, NamedSharding(mesh, place))
+            result = grad_fn(shard(params, mesh), spread)
+        chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
 def ladder():
@@ -115,7 +188,7 @@ def test_arrays_among_the_hyperparameters(
 ):
     params, grads = make_params(0), make_params(1)
     expected = CASES[name]()(params, grads)
-    sharded = [pranam_optax.shard_replicas(x, mesh) for x in (params, grads)]
+    sharded = shard([params, grads], mesh)
     with context():
         result = compiled(CASES[name]())(*sharded)
     chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-4)
