@@ -432,8 +432,22 @@ def embedding_output(state: PyTree) -> PyTree:
       >>> bool(jnp.allclose(output, params, atol=1e-5))
       True
     """
+    node = find_embedding(state)
+    phi = node.embedding.args[0]
 
-    return find_embedding(state).embedding()
+    def shardings(mesh: Any) -> PyTree:
+        """Those of the params, as far as the heads tell."""
+        (replica_axis,) = sharding_of(node.nonfinite, mesh).spec
+        if not isinstance(phi, MLPParams):
+            return NamedSharding(mesh, PartitionSpec(replica_axis))
+
+        def place(head: jax.Array) -> NamedSharding:
+            model = sharding_of(head, mesh).spec[1:]
+            return NamedSharding(mesh, PartitionSpec(replica_axis, *model))
+
+        return jax.tree.map(place, phi.heads)
+
+    return with_auto_axes(node.embedding.func, shardings, phi)
 
 
 def holds_embedding(node: Any) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import keystr
 
 from pranam_optax._embedding import (
     Activation,
@@ -16,6 +18,7 @@ from pranam_optax._embedding import (
 from pranam_optax._pranam import Coupling, each_coupling, projection_target
 from pranam_optax._replicas import check_values
 from pranam_optax._revive import without_duplicates
+from pranam_optax._sharding import with_auto_axes
 from pranam_optax._tree import (
     PyTree,
     cast,
@@ -73,7 +76,8 @@ def replica_metrics(
         gradients of two replicas: 1 where all agree, 0 where they have nothing in
         common.
       - with coupling, `coupling`, its mean over the replicas; a schedule needs a state.
-      - with a state, `embedding_distance`, the RMS of the pull :math:`W - f(\phi)`;
+      - with a state, `embedding_distance`, the RMS of the pull :math:`W - f(\phi)`
+        (here and below of the leaves that the embedding makes, all but masked ones);
         `nonfinite` and `revived`, its counts over all replicas; and with grads too,
         `pull_cosine`, the mean cosine between a replica's gradient and its pull.
       - with grads and updated, `projection_cosine`, the mean cosine between a replica's
@@ -84,7 +88,8 @@ def replica_metrics(
     Raises:
       ValueError: for leaves without replica axis or that disagree on R, values or a
         coupling of another shape, gradients of another number of replicas, a state that
-        does not hold one embedding, or a schedule of the coupling without a state.
+        does not hold one embedding or holds that of other params, or a schedule of the
+        coupling without a state.
       TypeError: for integer or complex leaves.
 
     Examples:
@@ -106,25 +111,56 @@ def replica_metrics(
       O. Roy, M. Vetterli, The effective rank, EUSIPCO 2007.
     """
     num_replicas = check_replicas(params, "params")
+    if values is not None:
+        check_values(values, num_replicas)
+    if grads is not None and check_replicas(grads, "grads") != num_replicas:
+        raise ValueError(
+            f"grads has {check_replicas(grads, 'grads')} replicas, params has "
+            f"{num_replicas}"
+        )
+    node = None if state is None else find_embedding(state)
+    after = None if updated is None else find_embedding(updated)
+    if callable(coupling):
+        if node is None:
+            raise ValueError("a schedule of the coupling needs the state's count")
+        coupling = coupling(node.count)
+    return with_auto_axes(
+        _metrics,
+        lambda mesh: NamedSharding(mesh, PartitionSpec()),
+        params,
+        node,
+        values,
+        grads,
+        after,
+        coupling,
+        step_size,
+    )
+
+
+def _metrics(
+    params: PyTree,
+    node: Any,
+    values: jax.Array | np.ndarray | None,
+    grads: PyTree,
+    after: Any,
+    coupling: float | jax.Array | np.ndarray | None,
+    step_size: float | jax.Array | None,
+) -> dict[str, jax.Array]:
+    """See `replica_metrics`; `node` and `after` are what its states hold."""
+    num_replicas = check_replicas(params, "params")
     dtype = compute_dtype(*jax.tree.leaves(params))
     finite = in_range(largest_magnitudes(params, dtype))
     if values is not None:
-        check_values(values, num_replicas)
         values = jnp.asarray(values, dtype)
         finite &= jnp.isfinite(values)
     if grads is not None:
-        if check_replicas(grads, "grads") != num_replicas:
-            raise ValueError(
-                f"grads has {check_replicas(grads, 'grads')} replicas, params has "
-                f"{num_replicas}"
-            )
         finite &= in_range(largest_magnitudes(grads, dtype))
     weights = mask_replicas(finite, cast(params))
     count = jnp.maximum(jnp.sum(finite), 1).astype(dtype)
-    size = sum(x.size for x in jax.tree.leaves(params)) // num_replicas
 
     def rms(tree: PyTree) -> jax.Array:
         norms = jnp.where(finite, replica_norms(tree, dtype), 0.0)
+        size = sum(x.size for x in jax.tree.leaves(tree)) // num_replicas
         return jnp.sqrt(jnp.sum(jnp.square(norms)) / (count * size))
 
     def mean(x: jax.Array) -> jax.Array:
@@ -159,20 +195,17 @@ def replica_metrics(
         }
 
     def pull(node: Any) -> PyTree:
+        outputs = _by_path(node.embedding())
         difference = jax.tree.map(
-            lambda w, y: w - y.astype(w.dtype), weights, node.embedding()
+            lambda w, y: w - y.astype(w.dtype), _like(outputs, weights), outputs
         )
         return mask_replicas(finite, difference)
 
     def cosine(pull: PyTree) -> jax.Array:
-        return mean(_products(directions, _directions(pull, dtype)))
+        along = _directions(_like(pull, gradients), dtype)
+        return mean(_products(along, _directions(pull, dtype)))
 
-    node = None if state is None else find_embedding(state)
     if coupling is not None:
-        if callable(coupling):
-            if node is None:
-                raise ValueError("a schedule of the coupling needs the state's count")
-            coupling = coupling(node.count)
         metrics["coupling"] = mean(each_coupling(coupling, num_replicas, dtype))
     if node is not None:
         metrics |= {
@@ -182,19 +215,35 @@ def replica_metrics(
         }
         if grads is not None:
             metrics["pull_cosine"] = cosine(pull(node))
-    if grads is not None and updated is not None:
-        after = find_embedding(updated)
-        metrics["projection_cosine"] = cosine(pull(after))
+    if grads is not None and after is not None:
+        pulled = pull(after)
+        metrics["projection_cosine"] = cosine(pulled)
         if node is not None and step_size is not None:
-            normalized = scale(reciprocal(metrics["gradient_rms"]), gradients)
-            target = projection_target(
-                weights, normalized, metrics["spread"], rms(weights), step_size
-            )
+            w, g, d = (_like(pulled, x) for x in (weights, gradients, deviations))
+            normalized = scale(reciprocal(rms(g)), g)
+            target = projection_target(w, normalized, rms(d), rms(w), step_size)
             for name, embedding in (("before", node), ("after", after)):
                 metrics[f"projection_{name}"] = projection_loss(
-                    lambda node: node.embedding(), embedding, target, finite
+                    lambda node: _by_path(node.embedding()), embedding, target, finite
                 )
     return metrics
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {keystr(path): leaf for path, leaf in leaves}
+
+
+def _like(made: dict[str, Any], tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree that the embedding makes: all but masked ones."""
+    leaves = _by_path(tree)
+    for path, leaf in made.items():
+        if path not in leaves or leaves[path].shape != leaf.shape:
+            raise ValueError(
+                f"the state's embedding makes a leaf {path} of shape {leaf.shape}, "
+                "which params and grads must have too"
+            )
+    return {path: leaves[path] for path in made}
 
 
 def replica_curvature(

@@ -162,7 +162,7 @@ def pranam(
     """
     _check_coupling(coupling)
     if not isinstance(step_size, jax.core.Tracer) and not (
-        np.ndim(step_size) == 0 and 0 <= step_size < np.inf
+        np.ndim(step_size) == 0 and 0 <= float(step_size) < np.inf
     ):
         raise ValueError(f"step_size must be a number >= 0, got {step_size!r}")
     for name, number in (
@@ -189,27 +189,19 @@ def pranam(
             revived=zero_counts(params),
         )
 
+    def step(*args: Any) -> tuple[PyTree, PranamState]:
+        return _step(
+            *args, normalize_updates, solver, projection_steps, projection_every
+        )
+
     def update_fn(
         updates: PyTree, state: PranamState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, PranamState]:
         del extra_args
         check_update("pranam", updates, params, state.nonfinite)
-
-        def step(updates: PyTree, state: PranamState, params: PyTree) -> Any:
-            return _step(
-                updates,
-                state,
-                params,
-                coupling(state.count) if callable(coupling) else coupling,
-                step_size,
-                normalize_updates,
-                solver,
-                projection_steps,
-                projection_every,
-            )
-
         check_shardings(updates, params)
-        return keep_shardings(step, updates, state, params)
+        c = coupling(state.count) if callable(coupling) else coupling
+        return keep_shardings(step, updates, state, params, c, step_size)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -125,6 +125,9 @@ def reparametrize(
             revived=zero_counts(params),
         )
 
+    def step(*args: Any) -> tuple[PyTree, ReparametrizeState]:
+        return _step(optimizer, *args)
+
     def update_fn(
         updates: PyTree,
         state: ReparametrizeState,
@@ -132,21 +135,18 @@ def reparametrize(
         **extra_args: Any,
     ) -> tuple[PyTree, ReparametrizeState]:
         check_update("reparametrize", updates, params, state.nonfinite)
-
-        def step(updates: PyTree, state: ReparametrizeState, params: PyTree) -> Any:
-            return _step(updates, state, params, optimizer, extra_args)
-
         check_shardings(updates, params)
-        return keep_shardings(step, updates, state, params)
+        data = jax.tree.map(lambda x: Partial(x) if callable(x) else x, extra_args)
+        return keep_shardings(step, updates, state, params, data)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _step(
+    optimizer: optax.GradientTransformationExtraArgs,
     updates: PyTree,
     state: ReparametrizeState,
     params: PyTree,
-    optimizer: optax.GradientTransformationExtraArgs,
     extra_args: dict[str, Any],
 ) -> tuple[PyTree, ReparametrizeState]:
     """The update; see `reparametrize`."""

@@ -6,8 +6,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
+from pranam_optax._sharding import sharding_of, with_auto_axes
 from pranam_optax._tree import PyTree, check_replicas
 
 
@@ -94,9 +96,9 @@ def replica_value_and_grad(
     value_and_grad = jax.value_and_grad(fun, has_aux=has_aux)
 
     def replicas_fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        num_replicas = check_replicas(params, "params")
+        check_replicas(params, "params")
         if batch == "split":
-            args = _split_batch(args, num_replicas)
+            args = _spread_batch(args, jax.tree.leaves(params)[0])
         return jax.vmap(
             lambda params, args: value_and_grad(params, *args, **kwargs),
             in_axes=(0, 0 if batch == "split" else None),
@@ -105,7 +107,24 @@ def replica_value_and_grad(
     return replicas_fn
 
 
-def _split_batch(args: tuple[Any, ...], num_replicas: int) -> tuple[Any, ...]:
+def _spread_batch(args: tuple[Any, ...], weights: Any) -> tuple[Any, ...]:
+    """The parts of the batch, each where the replica is that they are for."""
+
+    def shardings(mesh: Any) -> PyTree:
+        replica_axis = sharding_of(weights, mesh).spec[0]
+
+        def place(x: Any) -> NamedSharding:
+            features = sharding_of(x, mesh).spec[1:]
+            return NamedSharding(mesh, PartitionSpec(replica_axis, None, *features))
+
+        return jax.tree.map(place, args)
+
+    return with_auto_axes(_split_batch, shardings, args, weights)
+
+
+def _split_batch(args: tuple[Any, ...], weights: Any) -> tuple[Any, ...]:
+    num_replicas = jnp.shape(weights)[0]
+
     def split(path: Any, x: Any) -> jax.Array:
         shape = jnp.shape(x)
         if not shape or shape[0] % num_replicas:
@@ -141,7 +160,20 @@ def select_replica(params: PyTree, index: int | jax.Array) -> PyTree:
     num_replicas = check_replicas(params, "params")
     if isinstance(index, int) and not -num_replicas <= index < num_replicas:
         raise IndexError(f"replica {index} of {num_replicas} replicas")
+    return with_auto_axes(_select, _one_model(params), params, index)
+
+
+def _select(params: PyTree, index: int | jax.Array) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x)[index], params)
+
+
+def _one_model(params: PyTree) -> Callable[[Any], PyTree]:
+    """How the params of one model are sharded, as a function of the mesh."""
+
+    def place(x: Any, mesh: Any) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*sharding_of(x, mesh).spec[1:]))
+
+    return lambda mesh: jax.tree.map(lambda x: place(x, mesh), params)
 
 
 def best_replica(params: PyTree, values: jax.Array | np.ndarray) -> PyTree:
@@ -165,8 +197,12 @@ def best_replica(params: PyTree, values: jax.Array | np.ndarray) -> PyTree:
       3.0
     """
     check_values(values, check_replicas(params, "params"))
+    return with_auto_axes(_select_best, _one_model(params), params, values)
+
+
+def _select_best(params: PyTree, values: jax.Array | np.ndarray) -> PyTree:
     best = jnp.argsort(jnp.asarray(values))[0]  # NaN sorts last, after infinity
-    return select_replica(params, best)
+    return _select(params, best)
 
 
 def check_values(values: jax.Array | np.ndarray, num_replicas: int) -> None:

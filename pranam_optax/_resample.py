@@ -1,6 +1,5 @@
 """Replicas that do badly, moved to where others do well."""
 
-import functools
 from typing import Any
 
 import jax
@@ -59,7 +58,8 @@ def resample_replicas(
 
     Raises:
       ValueError: at trace time, for a leaf without replica axis, leaves that disagree
-        on R, `values` of another shape than `[R]`, or `part` outside [0, 0.5].
+        on R, `values` of another shape than `[R]`, `part` outside [0, 0.5] or `pull`
+        outside [0, 1].
       TypeError: for integer or complex leaves.
 
     Examples:
@@ -81,15 +81,18 @@ def resample_replicas(
     check_values(values, num_replicas)
     if not 0 <= part <= 0.5:
         raise ValueError(f"part must be in [0, 0.5], got {part!r}")
-    resample = functools.partial(_resample, part=part, pull=pull)
-    return keep_shardings(resample, params, state, values)
+    if not isinstance(pull, jax.core.Tracer) and not (
+        np.ndim(pull) == 0 and 0 <= float(pull) <= 1
+    ):
+        raise ValueError(f"pull must be a number in [0, 1], got {pull!r}")
+    return keep_shardings(_resample, params, state, values, part, pull)
 
 
 def _resample(
     params: PyTree,
     state: PyTree,
     values: jax.Array | np.ndarray,
-    part: float,
+    part: float | jax.Array,
     pull: float | jax.Array,
 ) -> tuple[PyTree, PyTree]:
     dtype = compute_dtype(*jax.tree.leaves(params))
@@ -97,7 +100,9 @@ def _resample(
     order = jnp.argsort(jnp.where(living, jnp.asarray(values), jnp.inf))
     num_living = jnp.sum(living)
     rank = jnp.argsort(order)
-    num_moved = jnp.floor(part * num_living.astype(dtype)).astype(rank.dtype)
+    num_moved = jnp.floor(jnp.asarray(part, dtype) * num_living.astype(dtype)).astype(
+        rank.dtype
+    )
     moved = living & (rank >= num_living - num_moved)
     source = jnp.where(moved, order[num_living - 1 - rank], jnp.arange(len(order)))
 

@@ -1,6 +1,5 @@
 """Replicas that died or became copies, restarted from a better one."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -104,8 +103,7 @@ def revive_replicas(
         )
     if values is not None:
         check_values(values, num_replicas)
-    revive = functools.partial(_revive, key=as_key(key), noise=noise)
-    return keep_shardings(revive, params, state, values)
+    return keep_shardings(_revive, params, state, values, as_key(key), noise)
 
 
 def _revive(

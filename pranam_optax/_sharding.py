@@ -99,12 +99,16 @@ def with_auto_axes(
     """fun(*args), where the compiler decides on the sharding of all that lies between.
 
     With mesh axes of type Explicit, JAX wants to be told how to shard each sum over
-    replicas. `shardings(mesh)` are those of the output.
+    replicas. `shardings(mesh)` are those of the output. Arrays must be among the args:
+    those that `fun` closes over still have Explicit axes.
     """
-    for x in jax.tree.leaves(args):
-        mesh = jax.typeof(x).sharding.mesh
+    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
+    for mesh in (jax.typeof(x).sharding.mesh for x in arrays):
         if _is_explicit(mesh):
-            return jax.sharding.auto_axes(fun, out_sharding=shardings(mesh))(*args)
+            # Outside jit and set_mesh no array can be made on the mesh; and it is
+            # compiled once where `fun` is the same object in each call.
+            compiled = jax.jit(fun)
+            return jax.sharding.auto_axes(compiled, out_sharding=shardings(mesh))(*args)
     return fun(*args)
 
 

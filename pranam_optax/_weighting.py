@@ -78,7 +78,7 @@ def weight_replicas(
     if (
         not callable(temperature)
         and not isinstance(temperature, jax.core.Tracer)
-        and not (np.ndim(temperature) == 0 and temperature >= 0)
+        and not (np.ndim(temperature) == 0 and float(temperature) >= 0)
     ):
         raise ValueError(
             f"temperature must be a number >= 0 or a schedule, got {temperature!r}"

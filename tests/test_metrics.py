@@ -1,5 +1,7 @@
 """What to watch, against NumPy and full Hessians."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,32 @@ def test_projection_against_numpy(broken):
     assert metrics["projection_after"] < metrics["projection_before"]
 
 
+def test_masked_leaves_have_no_part_in_the_pull(optax_promotion):
+    params, grads = make(0), make(1)
+    tx = pranam_optax.pranam()
+    masked = optax.masked(tx, {"w": True, "b": False})
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def metrics(tx, params, start, grads):
+        state = tx.init(start)
+        updated = tx.update(grads, state, params)[1]
+        return pranam_optax.replica_metrics(
+            params, state, None, grads, updated=updated, step_size=4.0
+        )
+
+    whole = metrics(masked, params, make(2), grads)
+    part = metrics(tx, *({"w": x["w"]} for x in (params, make(2), grads)))
+    for name in (
+        "embedding_distance",
+        "pull_cosine",
+        "projection_cosine",
+        "projection_before",
+        "projection_after",
+    ):
+        np.testing.assert_allclose(whole[name], part[name], rtol=1e-5)
+    assert whole["spread"] != part["spread"]  # of all leaves
+
+
 def test_mixed_dtypes(x64):
     dtypes = {"w": jnp.bfloat16, "b": jnp.float64}
     wide = jax.tree.map(lambda x: x.astype(jnp.float64), (make(0), make(1)))
@@ -236,6 +264,9 @@ def test_errors():
         pranam_optax.replica_metrics(params, grads=make(0, 4))
     with pytest.raises(ValueError, match="one embedding, found 0"):
         pranam_optax.replica_metrics(params, optax.adam(1.0).init(params))
+    state = jax.eval_shape(pranam_optax.pranam().init, {"v": params["w"]})
+    with pytest.raises(ValueError, match=r"makes a leaf \['v'\] of shape \(7, 4, 3\)"):
+        jax.eval_shape(pranam_optax.replica_metrics, params, state)
     with pytest.raises(ValueError, match="no replica axis"):
         pranam_optax.replica_curvature(jnp.sum)(jnp.zeros([]))
     with pytest.raises(ValueError, match="no replica axis"):

@@ -100,6 +100,9 @@ def test_errors_say_what_was_expected():
     params = make_params()
     with pytest.raises(ValueError, match=r"part must be in \[0, 0.5\], got 0.6"):
         pranam_optax.resample_replicas(params, (), VALUES, part=0.6)
+    for pull in (1.5, -0.1, jnp.nan, jnp.array(2.0), jnp.ones(R)):
+        with pytest.raises(ValueError, match=r"pull must be a number in \[0, 1\], got"):
+            pranam_optax.resample_replicas(params, (), VALUES, pull=pull)
     with pytest.raises(ValueError, match=r"\(5,\)"):
         pranam_optax.resample_replicas(params, (), VALUES[:5])
     with pytest.raises(ValueError, match="no replica axis"):
