@@ -72,8 +72,8 @@ Results = dict[str, dict[str, Any]]
 PEER_SEEDS = 3
 
 # Cells at a time: compilation takes most of the time of many, and uses one core. They
-# take turns in running: programs that run side by side on few cores can wait for each
-# other forever.
+# take turns in running: on few cores, programs that run side by side can wait for each
+# other's threads forever.
 NUM_WORKERS = min(os.cpu_count() or 1, 4)
 TURN = Lock()
 
@@ -241,10 +241,11 @@ def run_all(
     for i in range(0, len(padded), chunk):
         rate, seed = zip(*padded[i : i + chunk], strict=True)
         start = pick(starts, np.array(seed))
-        outcomes.append(program(task.data, start, jnp.array(rate)))
+        # One chunk at a time, see `TURN`.
+        outcomes.append(jax.device_get(program(task.data, start, jnp.array(rate))))
 
-    def join(*parts: jax.Array) -> np.ndarray:
-        whole = np.concatenate([np.asarray(x) for x in parts])[: len(pairs)]
+    def join(*parts: np.ndarray) -> np.ndarray:
+        whole = np.concatenate(parts)[: len(pairs)]
         return whole.reshape(len(rates), num_seeds, *whole.shape[1:])
 
     return Outcome(*map(join, *outcomes))
