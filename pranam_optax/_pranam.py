@@ -96,7 +96,8 @@ def pranam(
 
     A replica with a NaN or an infinity in its gradient or weights, or with weights
     whose squares overflow, is left out of every norm and of the projection, and its
-    update is zero; the others go on as if it were not there.
+    update is zero; the others go on as if it were not there. Weights whose squares
+    underflow (below 1e-19 in single precision) count as zero: choose other units.
 
     Args:
       embedding: the embedding; default `mlp_embedding()`, linear with 4 codes per
@@ -372,9 +373,7 @@ def _line_search(
     length = norm * reciprocal(squared_slope(direction))
     # Where even that overflows, better no step than one that ends at infinity.
     valid = jnp.isfinite(norm) & jnp.isfinite(length)
-    return jax.tree.map(
-        lambda d: jnp.where(valid, -length.astype(d.dtype) * d, 0.0), direction
-    )
+    return jax.tree.map(lambda d: jnp.where(valid, times(-length, d), 0.0), direction)
 
 
 def _check_coupling(coupling: Coupling) -> None:
