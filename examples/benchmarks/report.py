@@ -139,10 +139,11 @@ def compare(
         rivals = [cells.get((problem, optimizer, other)) for other in others]
         if method != ours or None in rivals:
             continue
-        values = [getattr(rival, what) for rival in rivals if rival is not None]
+        # On the seeds that all have.
+        scores = [getattr(c, what) for c in (cell, *rivals) if c is not None]
+        our_values, *values = (x[: min(map(len, scores))] for x in scores)
         levels = [geometric_mean(v, cell.floor) for v in values]
         rival_values = values[int(np.argmin(levels))]
-        our_values = getattr(cell, what)
         gain = min(levels) / geometric_mean(our_values, cell.floor)
         p = paired_p(our_values, rival_values, cell.floor)
         pairs.append(Comparison(problem, optimizer, cell.kind, gain, p))
@@ -601,8 +602,10 @@ def draw_profiles(cells: Cells) -> Any:
                     if c is not None
                 }
                 if method in logs:
-                    lowest = np.min(list(logs.values()), axis=0)
-                    ratios.append(10 ** (logs[method] - lowest))
+                    num_seeds = min(map(len, logs.values()))
+                    common = {m: x[:num_seeds] for m, x in logs.items()}
+                    lowest = np.min(list(common.values()), axis=0)
+                    ratios.append(10 ** (common[method] - lowest))
             if ratios:
                 ax.semilogx(
                     limits,

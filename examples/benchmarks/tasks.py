@@ -120,7 +120,7 @@ def function(name: str, dim: int, rotated: bool, num_steps: int = 1000) -> Task:
         solved=SOLVED.get(name, 0.1),
         floor=1e-3,
         minimum=problem.minimum,
-        max_seeds=(5, 10) if dim < 1000 else (1, 5),
+        max_seeds=(5, 20) if dim < 1000 else (1, 5),
         num_runs=max(1, 32 * 30 // dim),
         box=(np.asarray(problem.low), np.asarray(problem.high)),
     )
