@@ -1,15 +1,12 @@
 """Pranam: replicas of a model, trained through a shared embedding."""
 
+from pranam_optax import original as original
 from pranam_optax import problems as problems
 from pranam_optax._embedding import Embedding as Embedding
-from pranam_optax._embedding import embedding_output as embedding_output
 from pranam_optax._embedding import mlp_embedding as mlp_embedding
 from pranam_optax._fit import FitResult as FitResult
 from pranam_optax._fit import fit as fit
-from pranam_optax._flax import flax_embedding as flax_embedding
-from pranam_optax._metrics import replica_curvature as replica_curvature
 from pranam_optax._metrics import replica_metrics as replica_metrics
-from pranam_optax._metrics import replica_saturation as replica_saturation
 from pranam_optax._minimize import Progress as Progress
 from pranam_optax._minimize import minimize as minimize
 from pranam_optax._per_replica import per_replica as per_replica
@@ -25,39 +22,5 @@ from pranam_optax._resample import resample_replicas as resample_replicas
 from pranam_optax._result import MinimizeResult as MinimizeResult
 from pranam_optax._result import Minimum as Minimum
 from pranam_optax._revive import revive_replicas as revive_replicas
-from pranam_optax._sharding import shard_replicas as shard_replicas
-from pranam_optax._weighting import WeightReplicasState as WeightReplicasState
-from pranam_optax._weighting import weight_replicas as weight_replicas
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Embedding",
-    "FitResult",
-    "MinimizeResult",
-    "Minimum",
-    "PranamState",
-    "Progress",
-    "ReparametrizeState",
-    "WeightReplicasState",
-    "best_replica",
-    "embedding_output",
-    "fit",
-    "flax_embedding",
-    "minimize",
-    "mlp_embedding",
-    "per_replica",
-    "pranam",
-    "problems",
-    "reparametrize",
-    "replica_curvature",
-    "replica_metrics",
-    "replica_saturation",
-    "replica_value_and_grad",
-    "replicate",
-    "resample_replicas",
-    "revive_replicas",
-    "select_replica",
-    "shard_replicas",
-    "weight_replicas",
-]

@@ -1,39 +1,46 @@
-"""Embeddings: the input-less networks that the replicas are tied to."""
+"""The embedding: an input-less network, and how it is fitted to the replicas."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from pranam_optax._sharding import sharding_of, with_auto_axes
+from pranam_optax._replicas import alive
+from pranam_optax._sharding import auto_axes, check_shardings
 from pranam_optax._tree import (
     PyTree,
     broadcast_to_leaf,
-    cast,
+    check_count,
     check_replicas,
+    check_same,
     compute_dtype,
-    deviations_from,
-    in_range,
-    largest_magnitudes,
+    deviations,
+    gram,
+    largest_entry,
     mask_replicas,
     replica_mean,
+    safe_sqrt,
     scale,
+    squared_norms,
+    subtract,
     sum_of_squares,
     times,
 )
 
 Activation = Callable[[jax.Array], jax.Array]
+Initializer = jax.nn.initializers.Initializer
 
-# Projection steps of a "fit" that has no closed form.
+# L-BFGS steps that fit an embedding which is not linear.
 _FIT_STEPS = 200
 
 # Up to this width, products with heads are written as sums of outer products.
-_MAX_FUSED_WIDTH = 16
+_MAX_FUSED = 16
+
+# Above this number of replicas, principal directions come from random combinations.
+_MAX_EXACT = 1024
 
 
 class Embedding(NamedTuple):
@@ -43,12 +50,15 @@ class Embedding(NamedTuple):
       init: `init(key, params) -> phi`, the embedding's parameters for these stacked
         params, warm-started from them if it likes.
       apply: `apply(phi)`, the output :math:`f(\phi)`: a pytree like the stacked
-        params. Equal embeddings should have equal (`==`) functions, since `apply` is
-        part of the optimizer state's tree structure.
+        params.
+      factors: may be left out. `factors(phi)`, features A, `[R, H]`, and heads B, like
+        one model's params with a leading axis of length H, whose product is the output:
+        with them the line search forms no array of the replicas' size.
     """
 
     init: Callable[[jax.Array, PyTree], PyTree]
     apply: Callable[[PyTree], PyTree]
+    factors: Callable[[PyTree], tuple[jax.Array, PyTree]] | None = None
 
 
 class Dense(NamedTuple):
@@ -59,147 +69,27 @@ class Dense(NamedTuple):
 
 
 class MLPParams(NamedTuple):
-    """Parameters of `mlp_embedding` and of `flax_embedding`.
+    """Parameters of `mlp_embedding`.
 
     Attributes:
       table: `[R, K]`, one code per replica.
-      trunk: what lies between table and heads: the dense layers, or the params of the
-        module.
+      trunk: the dense layers between table and heads.
       heads: like one model's params with a leading axis of length H.
       bias: like one model's params, or None.
-      scale: factor of the output: a constant scalar (`warmup="rescale"`), or learned
-        and like one model's params (`warmup="adapter"`), else None.
-      shift: like one model's params, added to the scaled output
-        (`warmup="adapter"`), else None.
     """
 
     table: jax.Array
-    trunk: PyTree
+    trunk: tuple[Dense, ...]
     heads: PyTree
     bias: PyTree | None
-    scale: PyTree | None
-    shift: PyTree | None
-
-
-def _matmul(features: jax.Array, kernel: jax.Array) -> jax.Array:
-    # The pull W - f(phi) is a small difference of large numbers, which the reduced
-    # precision that accelerators use by default would drown.
-    return jnp.tensordot(
-        features.astype(kernel.dtype),
-        kernel,
-        axes=1,
-        precision=jax.lax.Precision.HIGHEST,
-    )
-
-
-@jax.custom_vjp
-def _product(features: jax.Array, heads: jax.Array) -> jax.Array:
-    """`_matmul`; when narrow as a sum of outer products, fused into what reads it."""
-    width = heads.shape[0]
-    if width > _MAX_FUSED_WIDTH:
-        return _matmul(features, heads)
-    terms = [times(features[:, i], heads[i][None]) for i in range(width)]
-    return functools.reduce(jnp.add, terms)
-
-
-def _product_fwd(features: jax.Array, heads: jax.Array) -> tuple[jax.Array, Any]:
-    return _product(features, heads), (features, heads)
-
-
-def _product_bwd(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    features, heads = residuals
-    to_features = _inner(cotangent, heads).astype(features.dtype)
-    return to_features, _matmul(features.T, cotangent)
-
-
-_product.defvjp(_product_fwd, _product_bwd)
-
-
-@dataclasses.dataclass(frozen=True)
-class DenseTrunk:
-    """The trunk of `mlp_embedding`: `[R, K]` to `[R, H]`, by dense layers."""
-
-    activations: tuple[Activation, ...]
-
-    def __call__(self, layers: tuple[Dense, ...], features: jax.Array) -> jax.Array:
-        for layer, activation in zip(layers, self.activations, strict=True):
-            features = _matmul(features, layer.kernel)
-            if layer.bias is not None:
-                features = features + layer.bias[None]
-            features = activation(features)
-        return features
-
-
-@dataclasses.dataclass(frozen=True)
-class _DenseInit:
-    """Draws the layers of a `DenseTrunk`; compares equal for equal arguments."""
-
-    widths: tuple[int, ...]
-    use_bias: bool
-    kernel_init: jax.nn.initializers.Initializer
-
-    def __call__(self, key: jax.Array, table: jax.Array) -> tuple[Dense, ...]:
-        def dense(key: jax.Array, n_in: int, n_out: int) -> Dense:
-            kernel = self.kernel_init(key, (n_in, n_out), table.dtype)
-            return Dense(
-                kernel, jnp.zeros(n_out, table.dtype) if self.use_bias else None
-            )
-
-        keys = jax.random.split(key, len(self.widths))
-        return tuple(map(dense, keys, self.widths[:-1], self.widths[1:]))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Network:
-    """`apply` of an embedding: heads on a trunk on the table.
-
-    Compares equal for equal trunks and activations.
-    """
-
-    trunk: Callable[[PyTree, jax.Array], jax.Array]
-    output_activation: Activation | None
-
-    @property
-    def is_affine(self) -> bool:
-        return self.trunk == DenseTrunk(()) and self.output_activation is None
-
-    def is_product(self, phi: MLPParams) -> bool:
-        """Whether the output is the product of the factors, and nothing follows."""
-        return self.output_activation is None and phi.scale is None
-
-    def factors(self, phi: MLPParams) -> tuple[jax.Array, PyTree]:
-        """Features `[R, H]` and heads, the bias among them, to be multiplied."""
-        features = self.trunk(phi.trunk, phi.table)
-        if phi.bias is None:
-            return features, phi.heads
-        ones = jnp.ones_like(features, shape=(features.shape[0], 1))
-        return jnp.concatenate([features, ones], axis=1), jax.tree.map(
-            lambda x, b: jnp.concatenate([x, b[None]]), phi.heads, phi.bias
-        )
-
-    def __call__(self, phi: MLPParams) -> PyTree:
-        features, heads = self.factors(phi)
-        output = jax.tree.map(lambda head: _product(features, head), heads)
-        if self.output_activation is not None:
-            output = jax.tree.map(self.output_activation, output)
-        if phi.shift is not None:
-            output = jax.tree.map(
-                lambda x, a, b: x * a[None] + b[None], output, phi.scale, phi.shift
-            )
-        elif phi.scale is not None:
-            scale = jax.lax.stop_gradient(phi.scale)
-            output = jax.tree.map(lambda x: x * scale.astype(x.dtype), output)
-        return output
 
 
 def mlp_embedding(
     features: Sequence[int] = (4,),
     *,
     activation: Activation | Sequence[Activation] = jax.nn.relu,
-    output_activation: Activation | None = None,
     use_bias: bool = True,
-    kernel_init: jax.nn.initializers.Initializer | None = None,
-    warmup: Literal["fit", "rescale", "adapter", "none"] = "fit",
+    kernel_init: Initializer | None = None,
 ) -> Embedding:
     r"""The embedding: a multilayer perceptron whose input is the replica's index.
 
@@ -207,43 +97,36 @@ def mlp_embedding(
 
     .. math::
       h_0 = Z_r, \quad h_i = a_i(h_{i-1} A_i + b_i), \quad
-      f(\phi)_r = o(h_d B + \beta)
+      f(\phi)_r = h_d B + \beta
 
     where the trunk :math:`A_i, b_i` is shared by all replicas and the heads
     :math:`B` and bias :math:`\beta` are pytrees like one model's params, B with a
     leading axis of length `features[-1]`. With a single feature size the trunk is
-    the identity and the replicas lie on a K-dimensional plane through
-    :math:`\beta`.
+    the identity and the replicas lie on a K-dimensional plane through :math:`\beta`;
+    with none, or zero, the output is :math:`\beta`, the same for every replica.
+
+    `init` fits :math:`f(\phi)` to the initial replicas by least squares: in closed form
+    if the embedding is linear (the best fit of rank K, split evenly between table and
+    heads), else by 200 L-BFGS steps. Replicas whose weights are not alive at that
+    moment have no part in the fit; one that dies later has had its part.
 
     Args:
       features: `features[0]` is the width K of the table, the others are the widths
-        of the trunk's dense layers.
+        of the trunk's dense layers. `()` and `(0,)` are the mean alone.
       activation: activation :math:`a_i` of the trunk's layers: one for all, or a
         sequence of one for each of the `len(features) - 1` layers.
-      output_activation: activation :math:`o` of the output, such as `jnp.tanh` or
-        `jax.nn.soft_sign`; None for a linear output.
       use_bias: whether trunk and output have biases.
       kernel_init: draws the kernels, of shape `[in, out]`, of trunk and heads (a leaf
         of one model's params has `out` entries). Default: `lecun_normal()`. The
-        table is drawn from a standard normal.
-      warmup: how the embedding is brought to the initial replicas.
-
-        - `"fit"`: :math:`f(\phi)` is fitted to them by least squares: in closed form
-          if the embedding is linear (the best fit of rank K, split evenly between
-          table and heads), else by 200 L-BFGS steps on the L2 projection loss.
-        - `"rescale"`: the random output is multiplied by a constant, so that its
-          variance over all replicas and weights equals theirs.
-        - `"adapter"`: the random output goes through a learned scale and shift per
-          weight, which start where each weight's mean and variance over the
-          replicas equal theirs.
-        - `"none"`: the random output is left as drawn.
+        table is drawn from a standard normal. The fit of a linear embedding replaces
+        both, except along directions in which the replicas do not differ.
 
     Returns:
       An `Embedding`. Its parameters are `MLPParams`, in at least float32.
 
     Raises:
-      ValueError: if `features` is empty or not positive, `activation` has another
-        length than the trunk, or `warmup` is unknown.
+      ValueError: if `features` are not positive, `activation` has another length than
+        the trunk, or nothing is left of the embedding (no features and no bias).
 
     Examples:
       >>> import jax, jax.numpy as jnp, pranam_optax
@@ -257,208 +140,92 @@ def mlp_embedding(
 
     References:
       The original `TensorFlow program <https://github.com/SKorablyov/Pranam>`_
-      (2019), class `FCEmbedder`. Its adapter is a full matrix over all weights of a
-      model; this one is the diagonal of it.
+      (2019), class `FCEmbedder`; see `pranam_optax.original` for its warm-ups.
     """
-    widths = tuple(features)
-    if not widths or not all(isinstance(n, int) and n > 0 for n in widths):
-        raise ValueError(
-            f"features must be one or more positive ints (the table's width, then the "
-            f"trunk's layers), got {features!r}"
-        )
-    depth = len(widths) - 1
-    activations = (activation,) * depth if callable(activation) else tuple(activation)
-    if len(activations) != depth:
-        raise ValueError(
-            f"activation has {len(activations)} entries, but features {widths} make a "
-            f"trunk of {depth} layers; each needs one (see output_activation for the "
-            "output's)"
-        )
-    kernel_init = lecun_normal if kernel_init is None else kernel_init
-    return make_embedding(
-        DenseTrunk(activations),
-        _DenseInit(widths, use_bias, kernel_init),
-        width=widths[0],
-        output_activation=output_activation,
-        use_bias=use_bias,
-        kernel_init=kernel_init,
-        warmup=warmup,
-    )
+    widths, activations = check_features(features, activation)
+    if widths == (0,) and not use_bias:
+        raise ValueError("an embedding without features needs use_bias=True")
+    factors = make_factors(activations)
 
+    @auto_axes
+    def apply(phi: MLPParams) -> PyTree:
+        return multiply(*factors(phi))
 
-lecun_normal = jax.nn.initializers.lecun_normal()
-
-
-def make_embedding(
-    trunk: Callable[[PyTree, jax.Array], jax.Array],
-    init_trunk: Callable[[jax.Array, jax.Array], PyTree],
-    *,
-    width: int,
-    output_activation: Activation | None,
-    use_bias: bool,
-    kernel_init: jax.nn.initializers.Initializer,
-    warmup: str,
-) -> Embedding:
-    """Table, trunk and heads, warmed up.
-
-    `init_trunk(key, table)` draws the trunk's parameters and `trunk(parameters, table)`
-    makes the features, `[R, H]`. Both are hashable and compare by value, so that equal
-    embeddings are compiled once.
-    """
-    if warmup not in ("fit", "rescale", "adapter", "none"):
-        raise ValueError(
-            f"warmup must be 'fit', 'rescale', 'adapter' or 'none', got {warmup!r}"
-        )
-    apply = _Network(trunk, output_activation)
-
+    @auto_axes
     def init(key: jax.Array, params: PyTree) -> MLPParams:
-        def draw(key: jax.Array, params: PyTree) -> MLPParams:
-            return _init(
-                key, params, apply, init_trunk, width, use_bias, kernel_init, warmup
-            )
+        phi = draw(key, params, widths, use_bias, kernel_init)
+        if not jax.tree.leaves(params):  # Optax's placeholder for params
+            return phi
+        living = alive(params)
+        weights = mask_replicas(living, params)
+        if activations:
+            phi = fit_by_descent(apply, phi, weights, living)
+        else:
+            phi = _fit_linear(phi, weights, living)
+        return phi._replace(table=mask_replicas(living, phi.table))
 
-        return with_auto_axes(
-            draw,
-            lambda mesh: _shardings(mesh, draw, key, params),
-            key,
-            params,
+    return Embedding(init, apply, factors)
+
+
+def check_embedding(embedding: Embedding | None, keyword: str) -> Embedding:
+    """The embedding, or the default one for None."""
+    if embedding is None:
+        return mlp_embedding()
+    if not isinstance(embedding, Embedding):
+        raise TypeError(
+            f"embedding must be an Embedding, such as mlp_embedding(), got "
+            f"{embedding!r}; anything else is given by keyword, such as {keyword}=..."
         )
+    return embedding
 
-    return Embedding(init, apply)
 
-
-def _shardings(
-    mesh: Any,
-    init: Callable[[jax.Array, PyTree], MLPParams],
-    key: jax.Array,
+def check_update(
+    updates: PyTree,
+    state: Any,
+    kind: type,
     params: PyTree,
-) -> MLPParams:
-    """Codes lie with their replicas, and heads with the weights that they make."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    phi = jax.eval_shape(init, key, shapes)
-    specs = [(*sharding_of(x, mesh).spec,) for x in jax.tree.leaves(params)]
-
-    def place(tree: PyTree, specs: Sequence[tuple[Any, ...]]) -> PyTree:
-        leaves, treedef = jax.tree.flatten(tree)
-        specs = specs if leaves else []
-        places = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
-        return jax.tree.unflatten(treedef, places)
-
-    model = [spec[1:] for spec in specs]
-    replicated = [()] * len(jax.tree.leaves(phi.trunk))
-    return MLPParams(
-        table=place(phi.table, [specs[0][:1]]),
-        trunk=place(phi.trunk, replicated),
-        heads=place(phi.heads, [(None, *spec) for spec in model]),
-        bias=place(phi.bias, model),
-        scale=place(phi.scale, model if phi.shift is not None else [()]),
-        shift=place(phi.shift, model),
-    )
+    apply: Callable[[Any], PyTree],
+) -> None:
+    """Checks what a transformation's `update` was given; `kind` is its state's type."""
+    name = kind.__name__.removesuffix("State")
+    if params is None:
+        raise ValueError(
+            f"{name.lower()} needs the replicas' params: call tx.update(grads, state, "
+            "params)"
+        )
+    if not check_replicas(updates, "updates"):
+        raise ValueError(f"updates has no leaves; {name.lower()} needs at least one")
+    check_replicas(params, "params")
+    check_same(updates, params, "updates", "params")
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state must be the {kind.__name__} that tx.init(params) returns, got "
+            f"{type(state).__name__}; the order is tx.update(grads, state, params)"
+        )
+    check_state(state, params, apply)
+    check_shardings(updates, params)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
-def _init(
-    key: jax.Array,
-    params: PyTree,
-    apply: _Network,
-    init_trunk: Callable[[jax.Array, jax.Array], PyTree],
-    width: int,
-    use_bias: bool,
-    kernel_init: jax.nn.initializers.Initializer,
-    warmup: str,
-) -> MLPParams:
+def check_state(state: Any, params: PyTree, apply: Callable[[Any], PyTree]) -> None:
+    """Checks that the embedding in a state was made for these params."""
     num_replicas = check_replicas(params, "params")
-    dtype = compute_dtype(*jax.tree.leaves(params))
-    table_key, trunk_key, heads_key = jax.random.split(key, 3)
-
-    table = jax.random.normal(table_key, (num_replicas, width), dtype)
-    trunk = init_trunk(trunk_key, table)
-    num_features = jax.eval_shape(apply.trunk, trunk, table).shape[-1]
-
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(heads_key, max(len(leaves), 1))
-
-    def head(key: jax.Array, x: jax.Array) -> jax.Array:
-        size, dtype = x.size // num_replicas, compute_dtype(x)
-        if not size:  # which initializers do not expect
-            return jnp.zeros((num_features, *x.shape[1:]), dtype)
-        kernel = kernel_init(key, (num_features, size), dtype)
-        return kernel.reshape(num_features, *x.shape[1:])
-
-    heads = [head(k, x) for k, x in zip(keys, leaves, strict=False)]
-    bias = [jnp.zeros(x.shape[1:], compute_dtype(x)) for x in leaves]
-    phi = MLPParams(
-        table=table,
-        trunk=trunk,
-        heads=jax.tree.unflatten(treedef, heads),
-        bias=jax.tree.unflatten(treedef, bias) if use_bias else None,
-        scale=None,
-        shift=None,
-    )
-    if not leaves:
-        return phi
-    # Replicas that are not finite have no part in the warm-up and a code of zero.
-    finite = in_range(largest_magnitudes(params, dtype))
-    weights = mask_replicas(finite, cast(params))
-    if warmup == "rescale":
-        phi = _rescale(apply, phi, weights, finite)
-    elif warmup == "adapter":
-        phi = _adapt(apply, phi, weights, finite)
-    elif warmup == "fit" and apply.is_affine:
-        phi = _fit_linear(phi, weights, finite)
-    elif warmup == "fit":
-        phi = _fit(apply, phi, weights, finite)
-    return phi._replace(table=mask_replicas(finite, phi.table))
+    if state.nonfinite.shape != (num_replicas,):
+        raise ValueError(
+            f"params has {num_replicas} replicas, but the state was initialised for "
+            f"{state.nonfinite.shape[0]}"
+        )
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.phi)
+    check_same(params, jax.eval_shape(apply, shapes), "params", "the state's embedding")
 
 
-def embedding_output(state: PyTree) -> PyTree:
-    r"""The embedding's output :math:`f(\phi)` out of an optimizer state.
-
-    Args:
-      state: the state of `pranam` or `reparametrize`, or of any chain or wrapper that
-        holds one.
-
-    Returns:
-      A pytree like the stacked params, in at least float32.
-
-    Raises:
-      ValueError: if the state holds no embedding, or several.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax, pranam_optax
-      >>> params = jnp.arange(6.0).reshape(2, 3)
-      >>> tx = optax.chain(pranam_optax.pranam(), optax.adam(1e-3))
-      >>> output = pranam_optax.embedding_output(tx.init(params))
-      >>> bool(jnp.allclose(output, params, atol=1e-5))
-      True
-    """
-    node = find_embedding(state)
-    phi = node.embedding.args[0]
-
-    def shardings(mesh: Any) -> PyTree:
-        """Those of the params, as far as the heads tell."""
-        (replica_axis,) = sharding_of(node.nonfinite, mesh).spec
-        if not isinstance(phi, MLPParams):
-            return NamedSharding(mesh, PartitionSpec(replica_axis))
-
-        def place(head: jax.Array) -> NamedSharding:
-            model = sharding_of(head, mesh).spec[1:]
-            return NamedSharding(mesh, PartitionSpec(replica_axis, *model))
-
-        return jax.tree.map(place, phi.heads)
-
-    return with_auto_axes(node.embedding.func, shardings, phi)
+def is_state(node: Any) -> bool:
+    """Whether this is the state of a transformation that holds an embedding."""
+    return {"phi", "nonfinite"} <= set(getattr(node, "_fields", ()))
 
 
-def holds_embedding(node: Any) -> bool:
-    """Whether this is the state of `pranam` or of `reparametrize`."""
-    return isinstance(getattr(node, "embedding", None), jax.tree_util.Partial)
-
-
-def find_embedding(state: PyTree) -> Any:
+def find_state(state: PyTree) -> Any:
     """The one node of an optimizer state that holds an embedding."""
-    leaves = jax.tree.leaves(state, is_leaf=holds_embedding)
-    nodes = list(filter(holds_embedding, leaves))
+    nodes = [x for x in jax.tree.leaves(state, is_leaf=is_state) if is_state(x)]
     if len(nodes) != 1:
         raise ValueError(
             f"expected a state with one embedding, found {len(nodes)}; pass the "
@@ -467,85 +234,171 @@ def find_embedding(state: PyTree) -> Any:
     return nodes[0]
 
 
-def projection_loss(
-    apply: Callable[[PyTree], PyTree], phi: PyTree, target: PyTree, finite: jax.Array
-) -> jax.Array:
-    r""":math:`\frac12 \|f(\phi) - T\|^2` over the finite replicas."""
-    residual = jax.tree.map(jnp.subtract, apply(phi), jax.lax.stop_gradient(target))
-    return 0.5 * sum_of_squares(mask_replicas(finite, residual))
+def check_features(
+    features: Sequence[int], activation: Activation | Sequence[Activation]
+) -> tuple[tuple[int, ...], tuple[Activation, ...]]:
+    """Widths of table and layers, `(0,)` for none, and one activation per layer."""
+    widths = tuple(features)
+    if widths in ((), (0,)):
+        return (0,), ()
+    widths = tuple(check_count(n, f"each of features {features!r}") for n in widths)
+    depth = len(widths) - 1
+    activations = (activation,) * depth if callable(activation) else tuple(activation)
+    if len(activations) != depth:
+        raise ValueError(
+            f"activation has {len(activations)} entries, but features {widths} make a "
+            f"trunk of {depth} layers; each needs one"
+        )
+    return widths, activations
 
 
-def squared_slope(
-    apply: Callable[[PyTree], PyTree],
-    phi: PyTree,
-    direction: PyTree,
-    finite: jax.Array,
-) -> jax.Array:
-    r""":math:`\|J_f d\|^2` over the finite replicas."""
-    if isinstance(apply, _Network) and apply.is_product(phi):
-        # J d = dA B + A dB with A `[R, H]` and B `[H, n]`: its norm comes from Gram
-        # matrices of 2H x 2H, without forming any `[R, n]`.
-        (a, b), (da, db) = jax.jvp(apply.factors, (phi,), (direction,))
-        left = mask_replicas(finite, jnp.concatenate([da, a], axis=1))
-        right = jax.tree.map(lambda x, dx: jnp.concatenate([x, dx]), b, db)
-        return jnp.sum(gram(left.T, left.dtype) * gram(right, left.dtype))
-    # The transpose of the transpose, since apply may have a custom_vjp.
-    output, pull_back = jax.vjp(apply, phi)
-    (slope,) = jax.linear_transpose(lambda y: pull_back(y)[0], output)(direction)
-    return sum_of_squares(mask_replicas(finite, slope))
+def make_factors(
+    activations: tuple[Activation, ...],
+) -> Callable[[MLPParams], tuple[jax.Array, PyTree]]:
+    """`factors` of an embedding whose trunk has these activations."""
+
+    def factors(phi: MLPParams) -> tuple[jax.Array, PyTree]:
+        features = phi.table
+        for layer, activation in zip(phi.trunk, activations, strict=True):
+            features = _matmul(features, layer.kernel)
+            if layer.bias is not None:
+                features = features + layer.bias[None]
+            features = activation(features)
+        if phi.bias is None:
+            return features, phi.heads
+        ones = jnp.ones_like(features, shape=(len(features), 1))
+        return jnp.concatenate([features, ones], axis=1), jax.tree.map(
+            lambda x, b: jnp.concatenate([x, b[None]]), phi.heads, phi.bias
+        )
+
+    return factors
 
 
-def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Inner products of the entries of axis 0 of x and y, over all other axes."""
-    axes = tuple(range(1, x.ndim))
-    return jnp.tensordot(x, y, (axes, axes), precision=jax.lax.Precision.HIGHEST)
+def multiply(features: jax.Array, heads: PyTree) -> PyTree:
+    """The output whose factors these are."""
+    return jax.tree.map(lambda head: _product(features, head), heads)
 
 
-def gram(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
-    """Inner products between the entries of axis 0, over all other axes and leaves."""
-    grams = jax.tree.map(lambda x: _inner(x, x).astype(dtype), tree)
-    return jax.tree.reduce(jnp.add, grams)
+@jax.custom_jvp
+def _product(features: jax.Array, head: jax.Array) -> jax.Array:
+    """`_matmul`; if narrow as a sum of outer products, which fuses with its reader."""
+    width = features.shape[1]
+    if not 0 < width <= _MAX_FUSED:
+        return _matmul(features, head)
+    terms = [times(features[:, i], head[i][None]) for i in range(width)]
+    return functools.reduce(jnp.add, terms)
+
+
+@_product.defjvp
+def _product_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # Matrix products, since a gradient transposes them.
+    (features, head), (d_features, d_head) = primals, tangents
+    tangent = _matmul(d_features, head) + _matmul(features, d_head)
+    return _product(features, head), tangent
+
+
+def _flatten(tree: PyTree) -> tuple[list[jax.Array], Any]:
+    return jax.tree.flatten(tree)  # whose structure has no type
+
+
+def _matmul(features: jax.Array, kernel: jax.Array) -> jax.Array:
+    # The pull W - f(phi) is a small difference of large numbers, which the reduced
+    # precision that accelerators use by default would drown.
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.tensordot(features.astype(kernel.dtype), kernel, 1, precision=highest)
+
+
+def draw(
+    key: jax.Array,
+    params: PyTree,
+    widths: tuple[int, ...],
+    use_bias: bool,
+    kernel_init: Initializer | None,
+) -> MLPParams:
+    """Random parameters for an embedding of these stacked params."""
+    num_replicas = check_replicas(params, "params")
+    leaves, treedef = _flatten(params)
+    dtype = compute_dtype(*leaves)
+    if kernel_init is None:
+        kernel_init = jax.nn.initializers.lecun_normal()
+    table_key, trunk_key, heads_key = jax.random.split(key, 3)
+
+    def kernel(key: jax.Array, n_in: int, n_out: int, dtype: jnp.dtype) -> jax.Array:
+        if not n_in or not n_out:  # which initializers do not expect
+            return jnp.zeros((n_in, n_out), dtype)
+        return kernel_init(key, (n_in, n_out), dtype)
+
+    def layer(key: jax.Array, n_in: int, n_out: int) -> Dense:
+        bias = jnp.zeros(n_out, dtype) if use_bias else None
+        return Dense(kernel(key, n_in, n_out, dtype), bias)
+
+    def head(key: jax.Array, x: jax.Array) -> jax.Array:
+        size = x.size // num_replicas
+        drawn = kernel(key, widths[-1], size, compute_dtype(x))
+        return drawn.reshape(widths[-1], *x.shape[1:])
+
+    trunk_keys = jax.random.split(trunk_key, len(widths))
+    heads_keys = jax.random.split(heads_key, max(len(leaves), 1))
+    heads = [head(k, x) for k, x in zip(heads_keys, leaves, strict=False)]
+    bias = [jnp.zeros(x.shape[1:], compute_dtype(x)) for x in leaves]
+    return MLPParams(
+        table=jax.random.normal(table_key, (num_replicas, widths[0]), dtype),
+        trunk=tuple(map(layer, trunk_keys, widths[:-1], widths[1:])),
+        heads=treedef.unflatten(heads),
+        bias=treedef.unflatten(bias) if use_bias else None,
+    )
 
 
 def _principal_directions(
-    deviations: PyTree, width: int, dtype: jnp.dtype
+    tree: PyTree, width: int
 ) -> tuple[jax.Array, PyTree, jax.Array]:
-    """Truncated singular value decomposition of the replicas' deviations.
+    """Truncated singular value decomposition of a tree with a replica axis.
 
     The left singular vectors come from the R x R Gram matrix, so that no leaf is
     flattened and a sharded leaf stays sharded.
 
     Returns:
-      Left singular vectors U, `[R, K]`; U^T times the deviations, a pytree with
-      leading axis K; and its norms, the singular values, `[K]`, which are exactly zero
+      Left singular vectors U, `[R, K]`; U^T times the tree, a pytree with leading
+      axis K; and its norms, the singular values, `[K]`, which are exactly zero
       for directions in which the replicas do not differ beyond rounding.
     """
-    leaves = jax.tree.leaves(deviations)
-    num_replicas = leaves[0].shape[0]
-    unit = jnp.max(largest_magnitudes(deviations, dtype))
-    unit = jnp.where(unit > 0, unit, 1.0)
-    products = gram(scale(1 / unit, deviations), dtype)
-    vectors = jnp.linalg.eigh(products)[1][:, ::-1]  # largest first
-    vectors = jnp.pad(vectors, ((0, 0), (0, max(width - num_replicas, 0))))[:, :width]
-    projections = jax.tree.map(lambda x: _matmul(vectors.T, x), deviations)
-    squares = [
-        jnp.sum(jnp.square(x / unit.astype(x.dtype)), axis=range(1, x.ndim))
-        for x in jax.tree.leaves(projections)
-    ]
-    norms = jnp.sqrt(sum(x.astype(dtype) for x in squares))
-    rounding = 4 * num_replicas * jnp.finfo(dtype).eps * jnp.sqrt(jnp.trace(products))
+    unit = largest_entry(tree)
+    products = gram(scale(1 / unit, tree))
+    num_replicas, eps = len(products), jnp.finfo(products.dtype).eps
+    vectors = _leading_eigenvectors(products, min(width, num_replicas))
+    vectors = jnp.pad(vectors, ((0, 0), (0, width - vectors.shape[1])))
+    projections = jax.tree.map(lambda x: _matmul(vectors.T, x), tree)
+    norms = safe_sqrt(squared_norms(scale(1 / unit, projections)))
+    rounding = 4 * num_replicas * eps * jnp.sqrt(jnp.trace(products))
     return vectors, projections, unit * jnp.where(norms > rounding, norms, 0.0)
 
 
-def _fit_linear(phi: MLPParams, params: PyTree, finite: jax.Array) -> MLPParams:
+def _leading_eigenvectors(products: jax.Array, width: int) -> jax.Array:
+    """Eigenvectors of a Gram matrix with the largest eigenvalues first, `[R, K]`.
+
+    Of many replicas those of the matrix within the span of a few random combinations of
+    them: Halko, Martinsson, Tropp, Finding structure with randomness, 2011.
+    """
+    size = len(products)
+    if size <= _MAX_EXACT:
+        return jnp.linalg.eigh(products)[1][:, ::-1][:, :width]
+    basis = jax.random.normal(jax.random.key(0), (size, width + 8), products.dtype)
+    for _ in range(3):
+        basis = jnp.linalg.qr(_matmul(products, basis))[0]
+    small = _matmul(basis.T, _matmul(products, basis))
+    return _matmul(basis, jnp.linalg.eigh(small)[1][:, ::-1][:, :width])
+
+
+def _fit_linear(phi: MLPParams, weights: PyTree, living: jax.Array) -> MLPParams:
     """The best affine fit of rank K, the singular values split evenly."""
-    dtype = phi.table.dtype
-    mean = replica_mean(params, finite)
+    mean = replica_mean(weights, living)
     if phi.bias is None:
-        mean = jax.tree.map(jnp.zeros_like, mean)
-    deviations = deviations_from(mean, params, finite)
+        mean = optax.tree.zeros_like(mean)
+    phi = phi._replace(bias=None if phi.bias is None else mean)
+    if not phi.table.shape[1]:
+        return phi
     vectors, projections, norms = _principal_directions(
-        deviations, phi.table.shape[1], dtype
+        deviations(weights, living, mean), phi.table.shape[1]
     )
     # A direction in which the replicas do not differ keeps its random codes and gets
     # zero heads: the output is the same, but it can still be learned.
@@ -556,27 +409,26 @@ def _fit_linear(phi: MLPParams, params: PyTree, finite: jax.Array) -> MLPParams:
         heads=jax.tree.map(
             lambda x: x * broadcast_to_leaf(factor.astype(x.dtype), x), projections
         ),
-        bias=None if phi.bias is None else mean,
     )
 
 
-def _fit(
-    apply: _Network, phi: MLPParams, params: PyTree, finite: jax.Array
-) -> MLPParams:
+def fit_by_descent(
+    apply: Callable[[Any], PyTree], phi: Any, weights: PyTree, living: jax.Array
+) -> Any:
     """L-BFGS on the projection loss, from codes along the principal directions."""
-    dtype = phi.table.dtype
-    deviations = deviations_from(replica_mean(params, finite), params, finite)
-    vectors, _, norms = _principal_directions(deviations, phi.table.shape[1], dtype)
-    codes = vectors * jnp.sqrt(jnp.sum(finite).astype(dtype))
+    vectors, _, norms = _principal_directions(
+        deviations(weights, living), phi.table.shape[1]
+    )
+    codes = vectors * jnp.sqrt(jnp.sum(living).astype(vectors.dtype))
     phi = phi._replace(table=jnp.where(norms[None] == 0, phi.table, codes))
 
     # Optax finds the last value in the state by its name, which a param of the trunk
     # may have too: leaves in a list have none.
-    leaves, treedef = jax.tree.flatten(phi)
+    leaves, treedef = _flatten(phi)
 
     def loss(leaves: list[jax.Array]) -> jax.Array:
-        phi = jax.tree.unflatten(treedef, leaves)
-        return projection_loss(apply, phi, params, finite)
+        residual = subtract(apply(treedef.unflatten(leaves)), weights)
+        return 0.5 * sum_of_squares(mask_replicas(living, residual))
 
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
@@ -593,50 +445,4 @@ def _fit(
     with jax.numpy_dtype_promotion("standard"):
         carry = leaves, solver.init(leaves)
         leaves, _ = jax.lax.fori_loop(0, _FIT_STEPS, step, carry)
-    return jax.tree.unflatten(treedef, leaves)
-
-
-def _moments(params: PyTree, finite: jax.Array) -> tuple[PyTree, PyTree]:
-    """Mean and variance of each weight over the finite replicas."""
-    mean = replica_mean(params, finite)
-    squares = jax.tree.map(jnp.square, deviations_from(mean, params, finite))
-    return mean, replica_mean(squares, finite)
-
-
-def _variance(params: PyTree, finite: jax.Array) -> jax.Array:
-    """Variance over all weights of all finite replicas."""
-    mean, variance = _moments(params, finite)
-    leaves = jax.tree.leaves(mean)
-    dtype, size = compute_dtype(*leaves), sum(x.size for x in leaves)
-
-    def average(tree: PyTree) -> jax.Array:
-        return sum(jnp.sum(x).astype(dtype) for x in jax.tree.leaves(tree)) / size
-
-    total = average(mean)
-    between = jax.tree.map(lambda m: jnp.square(m - total.astype(m.dtype)), mean)
-    return average(variance) + average(between)
-
-
-def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """sqrt(numerator / denominator), or 1 where either is zero."""
-    valid = (numerator > 0) & (denominator > 0)
-    return jnp.sqrt(
-        jnp.where(valid, numerator, 1.0) / jnp.where(valid, denominator, 1.0)
-    )
-
-
-def _rescale(
-    apply: _Network, phi: MLPParams, params: PyTree, finite: jax.Array
-) -> MLPParams:
-    scale = _ratio(_variance(params, finite), _variance(apply(phi), finite))
-    return phi._replace(scale=scale)
-
-
-def _adapt(
-    apply: _Network, phi: MLPParams, params: PyTree, finite: jax.Array
-) -> MLPParams:
-    mean, variance = _moments(params, finite)
-    output_mean, output_variance = _moments(apply(phi), finite)
-    scale = jax.tree.map(_ratio, variance, output_variance)
-    shift = jax.tree.map(lambda m, a, o: m - a * o, mean, scale, output_mean)
-    return phi._replace(scale=scale, shift=shift)
+    return treedef.unflatten(leaves)

@@ -1,38 +1,33 @@
 """What to watch while replicas are trained."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from jax.tree_util import keystr
+from jax.tree_util import Partial, keystr
 
-from pranam_optax._embedding import (
-    Activation,
-    find_embedding,
-    gram,
-    projection_loss,
-)
-from pranam_optax._pranam import Coupling, each_coupling, projection_target
-from pranam_optax._replicas import check_values
+from pranam_optax._embedding import Embedding, check_embedding, find_state
+from pranam_optax._replicas import alive, check_values
 from pranam_optax._revive import without_duplicates
-from pranam_optax._sharding import with_auto_axes
+from pranam_optax._sharding import auto_axes
 from pranam_optax._tree import (
     PyTree,
-    cast,
     check_replicas,
-    compute_dtype,
-    deviations_from,
-    in_range,
-    largest_magnitudes,
+    deviations,
+    gram,
+    largest_entry,
     mask_replicas,
     positive,
     reciprocal,
     replica_mean,
-    replica_norms,
+    rms,
+    safe_sqrt,
     scale,
+    squared_norms,
+    subtract,
+    sum_of_squares,
+    total,
 )
 
 
@@ -42,25 +37,21 @@ def replica_metrics(
     values: jax.Array | np.ndarray | None = None,
     grads: PyTree = None,
     *,
-    updated: PyTree = None,
-    coupling: Coupling | None = None,
-    step_size: float | jax.Array | None = None,
+    embedding: Embedding | None = None,
 ) -> dict[str, jax.Array]:
     r"""Scalars that tell how an ensemble of replicas fares.
 
-    What is not given is left out. Replicas that are not finite are counted and take no
-    part in the rest. Works under jit; the cost is that of a few passes over the params
-    and of the eigenvalues of an R x R matrix.
+    What is not given is left out. Replicas that are not alive (weights, gradient and
+    loss finite, weights that can be squared) are counted and have no part in the rest,
+    which is NaN where none is alive. Works under jit. The cost is that of a few passes
+    over the params and of the singular values of a matrix of R rows.
 
     Args:
       params: stacked params :math:`W`.
       state: the state of `pranam` or `reparametrize`, or of a chain that holds one.
       values: the loss of each replica, `[R]`.
       grads: stacked gradients :math:`G`.
-      updated: the state after the update by these gradients, which holds
-        :math:`\phi'`.
-      coupling: what `pranam` was given; a schedule is read at the state's count.
-      step_size: what `pranam` was given.
+      embedding: the embedding that the transformation was given; None for the default.
 
     Returns:
       A dict of scalars:
@@ -75,21 +66,15 @@ def replica_metrics(
       - with grads, `gradient_rms` and `gradient_cosine`, the mean cosine between the
         gradients of two replicas: 1 where all agree, 0 where they have nothing in
         common.
-      - with coupling, `coupling`, its mean over the replicas; a schedule needs a state.
-      - with a state, `embedding_distance`, the RMS of the pull :math:`W - f(\phi)`
-        (here and below of the leaves that the embedding makes, all but masked ones);
-        `nonfinite` and `revived`, its counts over all replicas; and with grads too,
-        `pull_cosine`, the mean cosine between a replica's gradient and its pull.
-      - with grads and updated, `projection_cosine`, the mean cosine between a replica's
-        gradient and what the projection made of it, :math:`W - f(\phi')`; and with
-        state and step_size too, `projection_before` and `projection_after`, the
-        projection loss at :math:`\phi` and :math:`\phi'`.
+      - with a state, `embedding_distance`, the RMS of the pull :math:`W - f(\phi)` (of
+        the leaves that the embedding makes, all but masked ones); `nonfinite`, its
+        counts over all replicas; and with grads too, `pull_cosine`, the mean cosine
+        between a replica's gradient and its pull.
 
     Raises:
-      ValueError: for leaves without replica axis or that disagree on R, values or a
-        coupling of another shape, gradients of another number of replicas, a state that
-        does not hold one embedding or holds that of other params, or a schedule of the
-        coupling without a state.
+      ValueError: for leaves without replica axis or that disagree on R, values of
+        another shape, gradients of another number of replicas, or a state that does not
+        hold one embedding or holds that of other params.
       TypeError: for integer or complex leaves.
 
     Examples:
@@ -112,121 +97,68 @@ def replica_metrics(
     """
     num_replicas = check_replicas(params, "params")
     if values is not None:
-        check_values(values, num_replicas)
+        values = check_values(values, num_replicas)
     if grads is not None and check_replicas(grads, "grads") != num_replicas:
         raise ValueError(
             f"grads has {check_replicas(grads, 'grads')} replicas, params has "
             f"{num_replicas}"
         )
-    node = None if state is None else find_embedding(state)
-    after = None if updated is None else find_embedding(updated)
-    if callable(coupling):
-        if node is None:
-            raise ValueError("a schedule of the coupling needs the state's count")
-        coupling = coupling(node.count)
-    return with_auto_axes(
-        _metrics,
-        lambda mesh: NamedSharding(mesh, PartitionSpec()),
-        params,
-        node,
-        values,
-        grads,
-        after,
-        coupling,
-        step_size,
-    )
+    node = None if state is None else find_state(state)
+    apply = Partial(check_embedding(embedding, "values").apply)
+    return _metrics(params, node, values, grads, apply)
 
 
+@auto_axes
 def _metrics(
-    params: PyTree,
-    node: Any,
-    values: jax.Array | np.ndarray | None,
-    grads: PyTree,
-    after: Any,
-    coupling: float | jax.Array | np.ndarray | None,
-    step_size: float | jax.Array | None,
+    params: PyTree, node: Any, values: Any, grads: PyTree, apply: Partial
 ) -> dict[str, jax.Array]:
-    """See `replica_metrics`; `node` and `after` are what its states hold."""
-    num_replicas = check_replicas(params, "params")
-    dtype = compute_dtype(*jax.tree.leaves(params))
-    finite = in_range(largest_magnitudes(params, dtype))
-    if values is not None:
-        values = jnp.asarray(values, dtype)
-        finite &= jnp.isfinite(values)
-    if grads is not None:
-        finite &= in_range(largest_magnitudes(grads, dtype))
-    weights = mask_replicas(finite, cast(params))
-    count = jnp.maximum(jnp.sum(finite), 1).astype(dtype)
-
-    def rms(tree: PyTree) -> jax.Array:
-        norms = jnp.where(finite, replica_norms(tree, dtype), 0.0)
-        size = sum(x.size for x in jax.tree.leaves(tree)) // num_replicas
-        return jnp.sqrt(jnp.sum(jnp.square(norms)) / (count * size))
-
-    def mean(x: jax.Array) -> jax.Array:
-        return jnp.sum(x, where=finite) / count
-
-    deviations = deviations_from(replica_mean(weights, finite), weights, finite)
-    products = gram(deviations, dtype)
+    living = alive(params, grads, values)
+    weights = mask_replicas(living, params)
+    distances = deviations(weights, living)
     metrics = {
-        "dead": jnp.sum(~finite),
-        "duplicates": jnp.sum(finite) - jnp.sum(without_duplicates(params, finite)),
-        "spread": rms(deviations),
-        "effective_rank": _effective_rank(products),
+        "dead": jnp.sum(~living),
+        "duplicates": jnp.sum(living) - jnp.sum(without_duplicates(params, living)),
+        "spread": rms(distances, living),
+        "effective_rank": _effective_rank(distances),
     }
     if values is not None:
-        average = mean(values)
+        mean = jnp.mean(values, where=living)
+        spread = jnp.sqrt(jnp.mean(jnp.square(values - mean), where=living))
         metrics |= {
-            "loss_mean": average,
-            "loss_std": jnp.sqrt(mean(jnp.square(values - average))),
-            "loss_min": jnp.min(values, where=finite, initial=jnp.inf),
-            "loss_max": jnp.max(values, where=finite, initial=-jnp.inf),
+            "loss_mean": mean,
+            "loss_std": spread,
+            "loss_min": jnp.min(values, where=living, initial=jnp.inf),
+            "loss_max": jnp.max(values, where=living, initial=-jnp.inf),
         }
     if grads is not None:
-        gradients = mask_replicas(finite, cast(grads))
-        directions = _directions(gradients, dtype)
-        average = jax.tree.map(lambda x: x[None], replica_mean(directions, finite))
-        together = jnp.square(count * replica_norms(average, dtype)[0])
-        alone = jnp.sum(_products(directions, directions))
+        unit = largest_entry(grads, living)
+        gradients = scale(1 / unit, mask_replicas(living, grads))
+        directions = _directions(gradients)
+        count = jnp.sum(living).astype(unit.dtype)
+        together = sum_of_squares(replica_mean(directions, living)) * count**2
         pairs = jnp.maximum(count * (count - 1), 1.0)
         metrics |= {
-            "gradient_rms": rms(gradients),
-            "gradient_cosine": (together - alone) / pairs,
+            "gradient_rms": unit * rms(gradients, living),
+            "gradient_cosine": (together - sum_of_squares(directions)) / pairs,
         }
-
-    def pull(node: Any) -> PyTree:
-        outputs = _by_path(node.embedding())
-        difference = jax.tree.map(
-            lambda w, y: w - y.astype(w.dtype), _like(outputs, weights), outputs
-        )
-        return mask_replicas(finite, difference)
-
-    def cosine(pull: PyTree) -> jax.Array:
-        along = _directions(_like(pull, gradients), dtype)
-        return mean(_products(along, _directions(pull, dtype)))
-
-    if coupling is not None:
-        metrics["coupling"] = mean(each_coupling(coupling, num_replicas, dtype))
     if node is not None:
+        made = _by_path(apply(node.phi))
+        pull = mask_replicas(living, subtract(_like(made, weights), made))
         metrics |= {
-            "embedding_distance": rms(pull(node)),
+            "embedding_distance": rms(pull, living),
             "nonfinite": jnp.sum(node.nonfinite),
-            "revived": jnp.sum(node.revived),
         }
         if grads is not None:
-            metrics["pull_cosine"] = cosine(pull(node))
-    if grads is not None and after is not None:
-        pulled = pull(after)
-        metrics["projection_cosine"] = cosine(pulled)
-        if node is not None and step_size is not None:
-            w, g, d = (_like(pulled, x) for x in (weights, gradients, deviations))
-            normalized = scale(reciprocal(rms(g)), g)
-            target = projection_target(w, normalized, rms(d), rms(w), step_size)
-            for name, embedding in (("before", node), ("after", after)):
-                metrics[f"projection_{name}"] = projection_loss(
-                    lambda node: _by_path(node.embedding()), embedding, target, finite
-                )
-    return metrics
+            cosines = _products(_directions(_like(made, gradients)), _directions(pull))
+            metrics["pull_cosine"] = jnp.mean(cosines, where=living)
+    none = jnp.sum(living) == 0
+    return {
+        name: x if name in _COUNTS else jnp.where(none, jnp.nan, x)
+        for name, x in metrics.items()
+    }
+
+
+_COUNTS = ("dead", "duplicates", "nonfinite")
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
@@ -246,112 +178,30 @@ def _like(made: dict[str, Any], tree: PyTree) -> dict[str, Any]:
     return {path: leaves[path] for path in made}
 
 
-def replica_curvature(
-    fun: Callable[..., jax.Array],
-) -> Callable[..., dict[str, jax.Array]]:
-    r"""Along its gradient, how steep and how curved the loss of each replica is.
-
-    Args:
-      fun: takes one model's params, then data, and returns a scalar.
-
-    Returns:
-      A function of `(params, *args)` with stacked params that returns a dict of `[R]`
-      arrays: `slope`, :math:`g^T g`, and `curvature`, :math:`g^T H g`, at the cost of
-      about two gradients (one forward derivative of the gradient). Gradient descent
-      with rate :math:`\eta` gains
-      :math:`\eta g^T g - \tfrac12 \eta^2 g^T H g`, so
-      :math:`g^T g / g^T H g` is the best rate along the gradient, and a curvature that
-      outgrows the slope tells of ill-conditioning.
-
-    Raises:
-      ValueError: if a leaf of the params has no replica axis.
-
-    Examples:
-      >>> import jax.numpy as jnp, pranam_optax
-      >>> fun = lambda w: 0.5 * jnp.sum(jnp.array([1.0, 10.0]) * w**2)
-      >>> w = jnp.array([[1.0, 0.0], [0.0, 1.0]])
-      >>> for name, value in pranam_optax.replica_curvature(fun)(w).items():
-      ...     print(name, value)
-      curvature [   1. 1000.]
-      slope [  1. 100.]
-
-    References:
-      I. Goodfellow, Y. Bengio, A. Courville, Deep Learning, 2016, section 8.2.1.
-    """
-    gradient = jax.grad(fun)
-
-    def one(params: PyTree, *args: Any) -> dict[str, jax.Array]:
-        g = gradient(params, *args)
-        hg = jax.jvp(lambda p: gradient(p, *args), (params,), (g,))[1]
-        dtype = compute_dtype(*jax.tree.leaves(g))
-
-        def inner(x: PyTree) -> jax.Array:
-            products = jax.tree.map(lambda a, b: jnp.sum(a * b).astype(dtype), g, x)
-            return jax.tree.reduce(jnp.add, products)
-
-        return {"curvature": inner(hg), "slope": inner(g)}
-
-    def replicas(params: PyTree, *args: Any) -> dict[str, jax.Array]:
-        check_replicas(params, "params")
-        return jax.vmap(one, in_axes=(0, *(None,) * len(args)))(params, *args)
-
-    return replicas
-
-
-def replica_saturation(
-    activation: Activation, inputs: jax.Array, *, threshold: float = 0.1
-) -> jax.Array:
-    r"""The share of each replica's units at which an activation is flat.
-
-    Such units learn little, and the share of dead ReLUs or of saturated tanhs tells of
-    weights that have grown too large.
-
-    Args:
-      activation: an elementwise function :math:`a`.
-      inputs: what it is given, the pre-activations of all replicas, `[R, ...]`.
-      threshold: a unit is flat where :math:`|a'|` is below it: for `jnp.tanh` and 0.1
-        beyond 1.8, for `jax.nn.relu` below 0.
-
-    Returns:
-      `[R]`, from 0 to 1.
-
-    Raises:
-      ValueError: if the inputs have no replica axis.
-      TypeError: if they are integer or complex.
-
-    Examples:
-      >>> import jax.numpy as jnp, pranam_optax
-      >>> inputs = jnp.array([[-3.0, 0.1, 0.2, 4.0], [0.1, 0.2, 0.3, 2.0]])
-      >>> print(pranam_optax.replica_saturation(jnp.tanh, inputs))
-      [0.5  0.25]
-    """
-    check_replicas(inputs, "inputs")
-    slopes = jax.jvp(activation, (inputs,), (jnp.ones_like(inputs),))[1]
-    return jnp.mean(jnp.abs(slopes) < threshold, axis=tuple(range(1, inputs.ndim)))
-
-
-def _directions(tree: PyTree, dtype: jnp.dtype) -> PyTree:
+def _directions(tree: PyTree) -> PyTree:
     """Each replica divided by its norm; zero stays zero."""
-    return scale(reciprocal(replica_norms(tree, dtype)), tree)
+    return scale(reciprocal(safe_sqrt(squared_norms(tree))), tree)
 
 
 def _products(x: PyTree, y: PyTree) -> jax.Array:
     """Inner product of each replica of x with that of y, `[R]`."""
-    dtype = compute_dtype(*jax.tree.leaves(x))
-
-    def product(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.sum(x * y, axis=range(1, x.ndim)).astype(dtype)
-
-    return jax.tree.reduce(jnp.add, jax.tree.map(product, x, y))
+    products = jax.tree.map(lambda a, b: a * b.astype(a.dtype), x, y)
+    return total(products, lambda x: jnp.sum(x, axis=range(1, x.ndim)))
 
 
-def _effective_rank(products: jax.Array) -> jax.Array:
-    """exp of the entropy of the singular values, the roots of these eigenvalues."""
-    unit = positive(jnp.max(jnp.diagonal(products)))
-    eigenvalues = jnp.linalg.eigvalsh(products / unit)
-    rounding = len(products) * jnp.finfo(products.dtype).eps * jnp.max(eigenvalues)
+def _effective_rank(distances: PyTree) -> jax.Array:
+    """exp of the entropy of the singular values of the distances from the mean."""
+    unit = largest_entry(distances)
+    leaves = [
+        x.reshape(len(x), -1) for x in jax.tree.leaves(scale(1 / unit, distances))
+    ]
+    if sum(x.shape[1] for x in leaves) < len(leaves[0]):
+        # Fewer weights than replicas: the other Gram matrix is smaller.
+        leaves = [jnp.concatenate([x.astype(unit.dtype) for x in leaves], axis=1).T]
+    eigenvalues = jnp.linalg.eigvalsh(gram(leaves))
+    eps = jnp.finfo(eigenvalues.dtype).eps
+    rounding = len(eigenvalues) * eps * jnp.max(eigenvalues)
     values = jnp.sqrt(jnp.where(eigenvalues > rounding, eigenvalues, 0.0))
-    total = jnp.sum(values)
-    p = values / positive(total)
+    p = values / positive(jnp.sum(values))
     entropy = -jnp.sum(p * jnp.log(positive(p)))
-    return jnp.where(total > 0, jnp.exp(entropy), 0.0)
+    return jnp.where(jnp.sum(values) > 0, jnp.exp(entropy), 0.0)

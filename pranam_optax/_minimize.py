@@ -31,7 +31,6 @@ from pranam_optax._result import MinimizeResult
 from pranam_optax._tree import (
     PyTree,
     broadcast_to_leaf,
-    compute_dtype,
     largest_magnitudes,
     scale,
 )
@@ -410,7 +409,7 @@ def _advance(
 
 
 def _unit_gradients(grads: PyTree) -> PyTree:
-    largest = largest_magnitudes(grads, compute_dtype(*jax.tree.leaves(grads)))
+    largest = largest_magnitudes(grads)
     return scale(jnp.where(largest == 0, 1.0, 1 / largest), grads)
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 
-from pranam_optax._replicas import check_values
-from pranam_optax._tree import PyTree, check_replicas, zero_counts
+from pranam_optax._replicas import check_values, zero_counts
+from pranam_optax._tree import PyTree, check_replicas
 
 
 def per_replica(
@@ -74,9 +74,8 @@ def per_replica(
         if not num_replicas:
             return updates, state
         if "values" in extra_args:
-            values = jnp.asarray(extra_args.pop("values"))
-            check_values(values, num_replicas)
-            extra_args["value"] = values
+            values = extra_args.pop("values")
+            extra_args["value"] = check_values(values, num_replicas)
         check_replicas(params, "params")
         _check_axis((params, state), ("params", "state"), num_replicas)
 

@@ -7,20 +7,15 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
-from pranam_optax._embedding import Embedding, mlp_embedding
-from pranam_optax._replicas import as_key
-from pranam_optax._sharding import check_shardings, keep_shardings
+from pranam_optax._embedding import Embedding, check_embedding, check_update
+from pranam_optax._replicas import alive, as_key, zero_counts
+from pranam_optax._sharding import auto_axes
 from pranam_optax._tree import (
     PyTree,
-    cast,
     check_replicas,
-    check_update,
-    compute_dtype,
-    in_range,
     leaf_dtype,
     mask_replicas,
-    replica_norms,
-    zero_counts,
+    subtract,
 )
 
 
@@ -29,19 +24,15 @@ class ReparametrizeState(NamedTuple):
 
     Attributes:
       count: number of updates so far.
-      embedding: the embedding with its parameters: `embedding()` is :math:`f(\\phi)`,
-        `embedding.args[0]` is :math:`\\phi`.
+      phi: the embedding's parameters; its output is `embedding.apply(phi)`.
       inner: state of the optimizer of :math:`\\phi`.
-      nonfinite: `[R]`, in how many updates each replica was left out because its
-        gradient or weights were not finite.
-      revived: `[R]`, how often `revive_replicas` has restarted each replica.
+      nonfinite: `[R]`, in how many updates each replica was left out.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
-    embedding: Partial
+    phi: PyTree
     inner: optax.OptState
     nonfinite: jax.Array
-    revived: jax.Array
 
 
 def reparametrize(
@@ -67,9 +58,9 @@ def reparametrize(
     follow. The first update takes the replicas from wherever they were to the
     embedding, which the default embedding has been fitted to.
 
-    A replica with a NaN, an infinity or squares that overflow in its gradient or
-    weights is left out of :math:`J_f^T G`, and its update is zero; the others go on
-    as if it were not there.
+    A replica whose gradient or weights are not finite, or whose weights are too large
+    to be squared, is left out of :math:`J_f^T G`, and its update is zero. The other
+    replicas are unaffected.
 
     Args:
       optimizer: a complete Optax optimizer, learning rate included. It sees
@@ -86,8 +77,10 @@ def reparametrize(
     Raises:
       ValueError: from `init` and `update`, at trace time, for a leaf without replica
         axis, leaves that disagree on R, params and updates of different structure or
-        shapes, missing params, or a tree without leaves.
-      TypeError: from `init` and `update`, for integer or complex leaves.
+        shapes, params of other shapes than those of `init`, missing params, or a tree
+        without leaves.
+      TypeError: for an embedding that is none; from `init` and `update`, for integer
+        or complex leaves, or a state of another kind.
 
     Examples:
       >>> import jax, optax, pranam_optax
@@ -110,23 +103,50 @@ def reparametrize(
     References:
       S. Korablyov et al., `Pranam <https://github.com/SKorablyov/Pranam>`_, 2019.
     """
-    if embedding is None:
-        embedding = mlp_embedding()
+    embedding = check_embedding(embedding, "key")
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def init_fn(params: PyTree) -> ReparametrizeState:
+    @auto_axes
+    def init(params: PyTree) -> ReparametrizeState:
         check_replicas(params, "params")
         phi = embedding.init(as_key(key), params)
         return ReparametrizeState(
             count=jnp.zeros([], jnp.int32),
-            embedding=Partial(embedding.apply, phi),
+            phi=phi,
             inner=optimizer.init(phi),
             nonfinite=zero_counts(params),
-            revived=zero_counts(params),
         )
 
-    def step(*args: Any) -> tuple[PyTree, ReparametrizeState]:
-        return _step(optimizer, *args)
+    @auto_axes
+    def step(
+        updates: PyTree,
+        state: ReparametrizeState,
+        params: PyTree,
+        extra_args: dict[str, Any],
+    ) -> tuple[PyTree, ReparametrizeState]:
+        living = alive(params, updates)
+
+        # 1. grad l = J^T G: f(phi) cancels in the residual, which is G.
+        output, pull_back = jax.vjp(embedding.apply, state.phi)
+        gradients = mask_replicas(living, updates)
+        (gradient,) = pull_back(optax.tree.cast_like(gradients, output))
+
+        # 2. phi' = phi + optimizer(grad l)
+        steps, inner = optimizer.update(gradient, state.inner, state.phi, **extra_args)
+        phi = optax.apply_updates(state.phi, steps)
+
+        # 3. U = f(phi') - W
+        moves = subtract(
+            mask_replicas(living, embedding.apply(phi), like=params),
+            mask_replicas(living, params),
+        )
+        moves = jax.tree.map(lambda u, g: u.astype(leaf_dtype(g)), moves, updates)
+        return moves, ReparametrizeState(
+            count=optax.safe_increment(state.count),
+            phi=phi,
+            inner=inner,
+            nonfinite=state.nonfinite + (~living).astype(jnp.int32),
+        )
 
     def update_fn(
         updates: PyTree,
@@ -134,49 +154,8 @@ def reparametrize(
         params: PyTree = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ReparametrizeState]:
-        check_update("reparametrize", updates, params, state.nonfinite)
-        check_shardings(updates, params)
+        check_update(updates, state, ReparametrizeState, params, embedding.apply)
         data = jax.tree.map(lambda x: Partial(x) if callable(x) else x, extra_args)
-        return keep_shardings(step, updates, state, params, data)
+        return step(updates, state, params, data)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _step(
-    optimizer: optax.GradientTransformationExtraArgs,
-    updates: PyTree,
-    state: ReparametrizeState,
-    params: PyTree,
-    extra_args: dict[str, Any],
-) -> tuple[PyTree, ReparametrizeState]:
-    """The update; see `reparametrize`."""
-    f, phi = state.embedding.func, state.embedding.args[0]
-    dtype = compute_dtype(*jax.tree.leaves((updates, params)))
-    norms = replica_norms(updates, dtype), replica_norms(params, dtype)
-    finite = in_range(norms[0]) & in_range(norms[1])
-
-    # 1. grad l = J^T G: f(phi) cancels in the residual, which is G.
-    output, pull_back = jax.vjp(f, phi)
-    gradients = mask_replicas(finite, cast(updates))
-    (gradient,) = pull_back(
-        jax.tree.map(lambda g, y: g.astype(y.dtype), gradients, output)
-    )
-
-    # 2. phi' = phi + optimizer(grad l)
-    steps, inner = optimizer.update(gradient, state.inner, phi, **extra_args)
-    phi = optax.apply_updates(phi, steps)
-
-    # 3. U = f(phi') - W
-    moves = jax.tree.map(
-        lambda y, w, g: (y.astype(w.dtype) - w).astype(leaf_dtype(g)),
-        f(phi),
-        cast(params),
-        updates,
-    )
-    return mask_replicas(finite, moves), ReparametrizeState(
-        count=optax.safe_increment(state.count),
-        embedding=Partial(f, phi),
-        inner=inner,
-        nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
-        revived=state.revived,
-    )
+    return optax.GradientTransformationExtraArgs(init, update_fn)

@@ -6,11 +6,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
-from pranam_optax._sharding import sharding_of, with_auto_axes
-from pranam_optax._tree import PyTree, check_replicas
+from pranam_optax._sharding import auto_axes
+from pranam_optax._tree import (
+    PyTree,
+    cast,
+    check_count,
+    check_replicas,
+    is_traced,
+    largest_magnitudes,
+    squared_norms,
+)
 
 
 def as_key(key: int | jax.Array) -> jax.Array:
@@ -43,9 +50,36 @@ def replicate(
       >>> params["w"].shape
       (8, 3, 2)
     """
-    if not isinstance(num_replicas, int) or num_replicas < 1:
-        raise ValueError(f"num_replicas must be a positive int, got {num_replicas!r}")
+    num_replicas = check_count(num_replicas, "num_replicas")
     return jax.vmap(init_fn)(jax.random.split(as_key(key), num_replicas))
+
+
+def alive(params: PyTree, grads: PyTree = None, values: Any = None) -> jax.Array:
+    """Which replicas take part, `[R]`: the one definition of *alive*.
+
+    A replica is alive if its weights, its gradient and its loss are finite, as far as
+    they are given, and if its weights can be squared: the squares of the distances
+    between R such replicas can be summed without overflow. Gradients may have any
+    finite size.
+    """
+    norms = squared_norms(cast(params))
+    living = norms < jnp.finfo(norms.dtype).max / (16 * len(norms))
+    if grads is not None:
+        living &= jnp.isfinite(largest_magnitudes(grads))
+    if values is not None:
+        living &= jnp.isfinite(jnp.asarray(values))
+    return living
+
+
+def zero_counts(params: PyTree) -> jax.Array:
+    """A zero for each replica, sharded as the replicas are.
+
+    Under jit only what depends on the params is sharded like them; and no weight is
+    greater than infinity.
+    """
+    for x in jax.tree.leaves(params):
+        return jnp.any(x > jnp.inf, axis=range(1, x.ndim)).astype(jnp.int32)
+    return jnp.zeros([0], jnp.int32)
 
 
 def replica_value_and_grad(
@@ -98,7 +132,7 @@ def replica_value_and_grad(
     def replicas_fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         check_replicas(params, "params")
         if batch == "split":
-            args = _spread_batch(args, jax.tree.leaves(params)[0])
+            args, _ = _split_batch(args, params)
         return jax.vmap(
             lambda params, args: value_and_grad(params, *args, **kwargs),
             in_axes=(0, 0 if batch == "split" else None),
@@ -107,23 +141,10 @@ def replica_value_and_grad(
     return replicas_fn
 
 
-def _spread_batch(args: tuple[Any, ...], weights: Any) -> tuple[Any, ...]:
-    """The parts of the batch, each where the replica is that they are for."""
-
-    def shardings(mesh: Any) -> PyTree:
-        replica_axis = sharding_of(weights, mesh).spec[0]
-
-        def place(x: Any) -> NamedSharding:
-            features = sharding_of(x, mesh).spec[1:]
-            return NamedSharding(mesh, PartitionSpec(replica_axis, None, *features))
-
-        return jax.tree.map(place, args)
-
-    return with_auto_axes(_split_batch, shardings, args, weights)
-
-
-def _split_batch(args: tuple[Any, ...], weights: Any) -> tuple[Any, ...]:
-    num_replicas = jnp.shape(weights)[0]
+@auto_axes
+def _split_batch(args: tuple[Any, ...], params: PyTree) -> tuple[Any, PyTree]:
+    """The batch with a leading replica axis, and the params, which it lies beside."""
+    num_replicas = check_replicas(params, "params")
 
     def split(path: Any, x: Any) -> jax.Array:
         shape = jnp.shape(x)
@@ -135,7 +156,7 @@ def _split_batch(args: tuple[Any, ...], weights: Any) -> tuple[Any, ...]:
             )
         return jnp.reshape(x, (num_replicas, shape[0] // num_replicas, *shape[1:]))
 
-    return jax.tree_util.tree_map_with_path(split, args)
+    return jax.tree_util.tree_map_with_path(split, args), params
 
 
 def select_replica(params: PyTree, index: int | jax.Array) -> PyTree:
@@ -158,22 +179,14 @@ def select_replica(params: PyTree, index: int | jax.Array) -> PyTree:
       [3. 4.]
     """
     num_replicas = check_replicas(params, "params")
-    if isinstance(index, int) and not -num_replicas <= index < num_replicas:
+    if not is_traced(index) and not -num_replicas <= int(index) < num_replicas:
         raise IndexError(f"replica {index} of {num_replicas} replicas")
-    return with_auto_axes(_select, _one_model(params), params, index)
+    return _select(params, index)
 
 
+@auto_axes
 def _select(params: PyTree, index: int | jax.Array) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x)[index], params)
-
-
-def _one_model(params: PyTree) -> Callable[[Any], PyTree]:
-    """How the params of one model are sharded, as a function of the mesh."""
-
-    def place(x: Any, mesh: Any) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*sharding_of(x, mesh).spec[1:]))
-
-    return lambda mesh: jax.tree.map(lambda x: place(x, mesh), params)
 
 
 def best_replica(params: PyTree, values: jax.Array | np.ndarray) -> PyTree:
@@ -196,19 +209,17 @@ def best_replica(params: PyTree, values: jax.Array | np.ndarray) -> PyTree:
       >>> print(pranam_optax.best_replica(params, values)["w"])
       3.0
     """
-    check_values(values, check_replicas(params, "params"))
-    return with_auto_axes(_select_best, _one_model(params), params, values)
+    values = check_values(values, check_replicas(params, "params"))
+    # NaN sorts last, after infinity.
+    return _select(params, jnp.argsort(values)[0])
 
 
-def _select_best(params: PyTree, values: jax.Array | np.ndarray) -> PyTree:
-    best = jnp.argsort(jnp.asarray(values))[0]  # NaN sorts last, after infinity
-    return _select(params, best)
-
-
-def check_values(values: jax.Array | np.ndarray, num_replicas: int) -> None:
-    """Checks that there is one value per replica."""
-    if jnp.shape(values) != (num_replicas,):
+def check_values(values: Any, num_replicas: int) -> jax.Array:
+    """The values as an array; there must be one per replica."""
+    values = jnp.asarray(values)
+    if values.shape != (num_replicas,):
         raise ValueError(
-            f"values has shape {jnp.shape(values)}, expected ({num_replicas},): one "
-            "value per replica"
+            f"values has shape {values.shape}, expected ({num_replicas},): one value "
+            "per replica"
         )
+    return values

@@ -1,30 +1,22 @@
 """Replicas that do badly, moved to where others do well."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pranam_optax._embedding import holds_embedding
-from pranam_optax._replicas import check_values
-from pranam_optax._revive import row_copier, shapes_by_path
-from pranam_optax._sharding import keep_shardings
-from pranam_optax._tree import (
-    PyTree,
-    broadcast_to_leaf,
-    check_replicas,
-    compute_dtype,
-    in_range,
-    largest_magnitudes,
-    leaf_dtype,
-)
+from pranam_optax._replicas import alive, check_values
+from pranam_optax._revive import copy_rows
+from pranam_optax._sharding import auto_axes
+from pranam_optax._tree import PyTree, check_replicas, choose, is_traced
 
 
 def resample_replicas(
     params: PyTree,
     state: PyTree,
-    values: jax.Array | np.ndarray,
+    values: jax.Array | np.ndarray | Sequence[float],
     *,
     part: float = 0.5,
     pull: float | jax.Array = 0.9,
@@ -78,45 +70,31 @@ def resample_replicas(
       2017, where bad members of a population copy good ones ("truncation selection").
     """
     num_replicas = check_replicas(params, "params")
-    check_values(values, num_replicas)
+    values = check_values(values, num_replicas)
     if not 0 <= part <= 0.5:
         raise ValueError(f"part must be in [0, 0.5], got {part!r}")
-    if not isinstance(pull, jax.core.Tracer) and not (
-        np.ndim(pull) == 0 and 0 <= float(pull) <= 1
-    ):
+    if not is_traced(pull) and not (np.ndim(pull) == 0 and 0 <= float(pull) <= 1):
         raise ValueError(f"pull must be a number in [0, 1], got {pull!r}")
-    return keep_shardings(_resample, params, state, values, part, pull)
+    return _resample(params, state, values, part, pull)
 
 
+@auto_axes
 def _resample(
-    params: PyTree,
-    state: PyTree,
-    values: jax.Array | np.ndarray,
-    part: float | jax.Array,
-    pull: float | jax.Array,
+    params: PyTree, state: PyTree, values: jax.Array, part: Any, pull: Any
 ) -> tuple[PyTree, PyTree]:
-    dtype = compute_dtype(*jax.tree.leaves(params))
-    living = jnp.isfinite(values) & in_range(largest_magnitudes(params, dtype))
-    order = jnp.argsort(jnp.where(living, jnp.asarray(values), jnp.inf))
-    num_living = jnp.sum(living)
-    rank = jnp.argsort(order)
-    num_moved = jnp.floor(jnp.asarray(part, dtype) * num_living.astype(dtype)).astype(
-        rank.dtype
-    )
-    moved = living & (rank >= num_living - num_moved)
+    living = alive(params, values=values)
+    order = jnp.argsort(jnp.where(living, values, jnp.inf))
+    rank, num_living = jnp.argsort(order), jnp.sum(living)
+    share = jnp.asarray(part, values.dtype) * num_living.astype(values.dtype)
+    moved = living & (rank >= num_living - jnp.floor(share).astype(rank.dtype))
     source = jnp.where(moved, order[num_living - 1 - rank], jnp.arange(len(order)))
 
-    def move(x: Any) -> jax.Array:
-        x = jnp.asarray(x)
+    def move(x: jax.Array) -> jax.Array:
         goal = x[source]
-        nearer = goal - (1 - jnp.asarray(pull, leaf_dtype(x))) * (goal - x)
-        return jnp.where(broadcast_to_leaf(moved, x), nearer, x)
+        return goal - (1 - jnp.asarray(pull, x.dtype)) * (goal - x)
 
-    copy_rows = row_copier(shapes_by_path(params), moved, source)
-
-    def new_state(path: Any, node: Any) -> Any:
-        return node if holds_embedding(node) else copy_rows(path, node)
-
-    return jax.tree.map(move, params), jax.tree_util.tree_map_with_path(
-        new_state, state, is_leaf=holds_embedding
+    params = jax.tree.map(jnp.asarray, params)
+    return (
+        choose(moved, jax.tree.map(move, params), params),
+        copy_rows(state, params, moved, source),
     )

@@ -1,58 +1,90 @@
-"""Replicas spread over devices."""
+"""Replicas spread over devices: all that the package has to know about it."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
-from pranam_optax._tree import PyTree, check_replicas
+from pranam_optax._tree import PyTree
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def shard_replicas(params: PyTree, mesh: Mesh, axis_name: str = "replicas") -> PyTree:
-    """Spreads replicas over the devices of a mesh axis.
+def auto_axes(fun: Function) -> Function:
+    """Lets the compiler choose how everything inside `fun(*args)` is sharded.
 
-    Each device of the axis holds R / d replicas whole. To spread the models too, give
-    `jax.device_put` shardings whose first axis is the replicas'.
-
-    Args:
-      params: stacked params.
-      mesh: the devices, from `jax.make_mesh`.
-      axis_name: the axis of the mesh along which the replicas are spread.
-
-    Returns:
-      The params on these devices. An optimizer state that is initialised from them, in
-      or outside jit, is spread in the same way.
-
-    Raises:
-      ValueError: if the mesh has no such axis or its size does not divide R.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, optax, pranam_optax
-      >>> mesh = jax.make_mesh((jax.device_count(),), ("replicas",))
-      >>> params = {"w": jnp.arange(48.0).reshape(16, 3)}
-      >>> params = pranam_optax.shard_replicas(params, mesh)
-      >>> params["w"].sharding.spec
-      P('replicas', None)
+    With mesh axes of type `Explicit`, the default of `jax.make_mesh`, JAX asks to be
+    told how each sum over replicas is to be sharded. Under this decorator only the
+    results are, and they lie as the arguments do (see `_place`). Arrays must be
+    arguments: those that `fun` closes over would still be explicit.
     """
-    if axis_name not in mesh.shape:
-        raise ValueError(
-            f"the mesh has no axis {axis_name!r}; its axes are {mesh.axis_names}"
-        )
-    num_replicas, num_devices = check_replicas(params, "params"), mesh.shape[axis_name]
-    if num_replicas % num_devices:
-        raise ValueError(
-            f"{num_replicas} replicas cannot be spread evenly over the {num_devices} "
-            f"devices of mesh axis {axis_name!r}; R must be a multiple of "
-            f"{num_devices}"
-        )
-    return jax.tree.map(
-        lambda x: jax.device_put(
-            x, NamedSharding(mesh, PartitionSpec(axis_name, *(None,) * (x.ndim - 1)))
-        ),
-        params,
-    )
+    # Outside jit and set_mesh no array can be made on the mesh.
+    compiled = jax.jit(fun)
+
+    @functools.wraps(fun)
+    def wrapper(*args: Any) -> Any:
+        for x in jax.tree.leaves(args):
+            mesh = _explicit_mesh(x)
+            if mesh is not None:
+                shardings = _place(fun, args, mesh)
+                return jax.sharding.auto_axes(compiled, out_sharding=shardings)(*args)
+        return fun(*args)
+
+    return cast(Function, wrapper)
+
+
+def _explicit_mesh(x: Any) -> Any:
+    """The mesh on which an array lies, if its axes are explicit."""
+    if isinstance(x, jax.Array):
+        mesh = jax.typeof(x).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def _place(fun: Callable[..., Any], args: Any, mesh: Any) -> PyTree:
+    """Shardings of what `fun(*args)` returns, after the arguments most like it.
+
+    An array with the shape of an argument lies as that argument does; of several, as
+    the one whose path ends most alike. One that differs from an argument in axis 0
+    only, or has lost it, lies like that argument along the other axes. What has as many
+    rows as an argument is spread along axis 0 as that one is.
+    """
+    known = [
+        (keystr(path)[::-1], jnp.shape(x), tuple(jax.typeof(x).sharding.spec))
+        for path, x in jax.tree_util.tree_leaves_with_path(args)
+        if isinstance(x, jax.Array)
+    ]
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        end, shape = keystr(path)[::-1], leaf.shape
+
+        def alike(argument: tuple[str, tuple[int, ...], Any]) -> int:
+            pairs = zip(end + "^", argument[0] + "$", strict=False)
+            return next(i for i, (a, b) in enumerate(pairs) if a != b)
+
+        ranked = sorted(known, key=alike, reverse=True)
+        rows = [spec[:1] for _, s, spec in known if shape and s[:1] == shape[:1]]
+        first = rows[0] if rows else (None,)
+        same = [spec for _, s, spec in ranked if s == shape]
+        less = [spec[1:] for _, s, spec in ranked if s and s[1:] == shape]
+        other = [
+            (*first, *spec[1:]) for _, s, spec in ranked if s and s[1:] == shape[1:]
+        ]
+        spec = [*same, *less, *other, first if shape else ()][0]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    def unsharded(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
+
+    shapes = jax.eval_shape(fun, *jax.tree.map(unsharded, args))
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def check_shardings(updates: PyTree, params: PyTree) -> None:
@@ -67,7 +99,7 @@ def check_shardings(updates: PyTree, params: PyTree) -> None:
             raise ValueError(
                 f"updates{keystr(path)} and params{keystr(path)} must have their "
                 f"replicas on the same devices, but the former is sharded as {ours} "
-                f"and the latter as {theirs} along axis 0; see shard_replicas"
+                f"and the latter as {theirs} along axis 0; move one with jax.device_put"
             )
 
 
@@ -75,47 +107,11 @@ def _replica_axes(x: Any) -> tuple[str, ...] | None:
     """The mesh axes along which the replicas are known to be spread."""
     sharding = getattr(x, "sharding", None)
     if isinstance(x, jax.core.Tracer):
-        sharding = jax.typeof(x).sharding
-        if not _is_explicit(sharding.mesh):
+        if _explicit_mesh(x) is None:
             return None
+        sharding = jax.typeof(x).sharding
     if isinstance(sharding, NamedSharding):
         first = (*sharding.spec, None)[0]
         axes = first if isinstance(first, tuple) else (first,)
         return tuple(a for a in axes if a is not None and sharding.mesh.shape[a] > 1)
     return () if isinstance(sharding, jax.sharding.SingleDeviceSharding) else None
-
-
-def _is_explicit(mesh: Any) -> bool:
-    return AxisType.Explicit in mesh.axis_types
-
-
-def sharding_of(x: Any, mesh: Any) -> NamedSharding:
-    return NamedSharding(mesh, jax.typeof(x).sharding.spec)
-
-
-def with_auto_axes(
-    fun: Callable[..., Any], shardings: Callable[[Any], PyTree], *args: Any
-) -> Any:
-    """fun(*args), where the compiler decides on the sharding of all that lies between.
-
-    With mesh axes of type Explicit, JAX wants to be told how to shard each sum over
-    replicas. `shardings(mesh)` are those of the output. Arrays must be among the args:
-    those that `fun` closes over still have Explicit axes.
-    """
-    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
-    for mesh in (jax.typeof(x).sharding.mesh for x in arrays):
-        if _is_explicit(mesh):
-            # Outside jit and set_mesh no array can be made on the mesh; and it is
-            # compiled once where `fun` is the same object in each call.
-            compiled = jax.jit(fun)
-            return jax.sharding.auto_axes(compiled, out_sharding=shardings(mesh))(*args)
-    return fun(*args)
-
-
-def keep_shardings(fun: Callable[..., Any], *args: Any) -> Any:
-    """fun(*args), a pair, sharded as the first two arguments are."""
-    return with_auto_axes(
-        fun,
-        lambda mesh: jax.tree.map(lambda x: sharding_of(x, mesh), args[:2]),
-        *args,
-    )

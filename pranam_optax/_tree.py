@@ -1,10 +1,12 @@
 """Checks of and arithmetic on trees with a replica axis: axis 0 of every leaf."""
 
-import functools
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.tree_util import keystr
 
 PyTree = Any
@@ -23,6 +25,26 @@ def compute_dtype(*leaves: Any) -> jnp.dtype:
     """
     wide = any(leaf_dtype(x) == jnp.float64 for x in leaves)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def is_traced(*trees: PyTree) -> bool:
+    """Whether a leaf is traced, so that its value cannot be checked."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
+
+
+def check_count(value: Any, name: str) -> int:
+    """Checks that a value is a whole number from 1 on; NumPy's will do, True will not.
+
+    Raises:
+      ValueError: if it is not.
+    """
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return count
 
 
 def check_replicas(tree: PyTree, name: str) -> int:
@@ -55,63 +77,33 @@ def check_replicas(tree: PyTree, name: str) -> int:
     return num_replicas
 
 
-def check_update(
-    name: str, updates: PyTree, params: PyTree, nonfinite: jax.Array
-) -> None:
-    """Checks what `update` was given against the state's counts.
-
-    `name` is what the messages call the transformation.
-    """
-    if params is None:
-        raise ValueError(
-            f"{name} needs the replicas' params: call tx.update(grads, state, params)"
-        )
-    num_replicas = check_replicas(updates, "updates")
-    check_replicas(params, "params")
-    if not num_replicas:
-        raise ValueError(f"updates has no leaves; {name} needs at least one")
-    update_shapes, param_shapes = (
-        {
-            keystr(path): jnp.shape(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (updates, params)
-    )
-    for path in update_shapes | param_shapes:
-        ours, theirs = update_shapes.get(path), param_shapes.get(path)
-        if ours != theirs:
+def check_same(ours: PyTree, theirs: PyTree, our_name: str, their_name: str) -> None:
+    """Checks that two trees agree in structure and shapes, and names what does not."""
+    our_shapes, their_shapes = shapes_by_path(ours), shapes_by_path(theirs)
+    for path in our_shapes | their_shapes:
+        our_shape, their_shape = our_shapes.get(path), their_shapes.get(path)
+        if our_shape != their_shape:
+            where = keystr(path)
             raise ValueError(
-                "updates and params must have the same structure and shapes, but "
-                f"updates{path} {_describe(ours)} and params{path} {_describe(theirs)}"
+                f"{our_name} and {their_name} must have the same structure and shapes, "
+                f"but {our_name}{where} {_describe(our_shape)} and "
+                f"{their_name}{where} {_describe(their_shape)}"
             )
-    update_structure: Any = jax.tree.structure(updates)
-    param_structure = jax.tree.structure(params)
-    if update_structure != param_structure:
+    structures: list[Any] = [jax.tree.structure(ours), jax.tree.structure(theirs)]
+    if structures[0] != structures[1]:
         raise ValueError(
-            "updates and params must have the same structure, but updates is "
-            f"{update_structure} and params is {param_structure}"
+            f"{our_name} and {their_name} must have the same structure, but "
+            f"{our_name} is {structures[0]} and {their_name} is {structures[1]}"
         )
-    if nonfinite.shape != (num_replicas,):
-        raise ValueError(
-            f"updates has {num_replicas} replicas, but the state was initialised for "
-            f"{nonfinite.shape[0]}"
-        )
+
+
+def shapes_by_path(tree: PyTree) -> dict[Any, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path: jnp.shape(leaf) for path, leaf in leaves}
 
 
 def _describe(shape: tuple[int, ...] | None) -> str:
     return "is missing" if shape is None else f"has shape {shape}"
-
-
-def zero_counts(params: PyTree) -> jax.Array:
-    """A zero for each replica, sharded as the replicas are.
-
-    Under jit only what depends on the params is sharded like them; and no weight is
-    greater than infinity.
-    """
-    for x in jax.tree.leaves(params):
-        axes = tuple(range(1, x.ndim))
-        return jnp.any(x > jnp.inf, axis=axes).astype(jnp.int32)
-    return jnp.zeros([0], jnp.int32)
 
 
 def broadcast_to_leaf(values: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -119,70 +111,28 @@ def broadcast_to_leaf(values: jax.Array, leaf: jax.Array) -> jax.Array:
     return values.reshape(values.shape + (1,) * (leaf.ndim - 1))
 
 
-def mask_replicas(finite: jax.Array, tree: PyTree) -> PyTree:
-    """The tree with zeros in the replicas that are left out (`finite` is `[R]`)."""
-    return jax.tree.map(
-        lambda x: jnp.where(broadcast_to_leaf(finite, x), x, jnp.zeros_like(x)), tree
-    )
+def cast(tree: PyTree, like: PyTree = None) -> PyTree:
+    """Casts every leaf to at least float32, and to at least the dtype in `like`."""
+    like = tree if like is None else like
+    return jax.tree.map(lambda x, y: jnp.asarray(x, compute_dtype(x, y)), tree, like)
 
 
-def largest_magnitudes(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
-    """Largest |x| of each replica, `[R]`: NaN or Inf where the replica has either."""
-    return jax.tree.reduce(
-        jnp.maximum,
-        jax.tree.map(
-            lambda x: jnp.max(
-                jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0.0
-            ).astype(dtype),
-            tree,
-        ),
-    )
+# One tree where `rows` (`[R]`) is True, another elsewhere: choose(rows, this, that).
+choose = jax.vmap(optax.tree.where)
 
 
-def in_range(magnitudes: jax.Array) -> jax.Array:
-    """Whether numbers of these magnitudes can be squared: not NaN, not too large."""
-    return magnitudes < jnp.sqrt(jnp.finfo(magnitudes.dtype).max)
+def mask_replicas(living: jax.Array, tree: PyTree, like: PyTree = None) -> PyTree:
+    """The tree, in at least float32, with rows of zeros for those not living.
+
+    Also in at least the dtypes of `like`.
+    """
+    tree = cast(tree, like)
+    return choose(living, tree, optax.tree.zeros_like(tree))
 
 
-def sum_of_squares(tree: PyTree) -> jax.Array:
-    """Sum of squares of all elements, in the widest dtype of the leaves."""
-    dtype = compute_dtype(*jax.tree.leaves(tree))
-    sums = [jnp.sum(jnp.square(x)).astype(dtype) for x in jax.tree.leaves(tree)]
-    return sum(sums, start=jnp.zeros([], dtype))
-
-
-def replica_norms(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
-    """L2 norm of each replica, `[R]`, NaN or Inf where an element is or a square."""
-    leaves = jax.tree.leaves(cast(tree))
-    squares = [jnp.sum(x * x, axis=range(1, x.ndim)).astype(dtype) for x in leaves]
-    return jnp.sqrt(functools.reduce(jnp.add, squares))
-
-
-def scaled_replica_norms(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
-    """`replica_norms`, NaN or Inf only where an element is."""
-    largest = largest_magnitudes(tree, dtype)
-    valid = jnp.isfinite(largest) & (largest > 0)
-    unit = jnp.where(valid, largest, 1.0)
-    norms = unit * replica_norms(scale(1 / unit, cast(tree)), dtype)
-    return jnp.where(valid, norms, largest)
-
-
-def replica_mean(tree: PyTree, finite: jax.Array) -> PyTree:
-    """Mean over the finite replicas."""
-    count = jnp.maximum(jnp.sum(finite), 1)
-
-    # As a product with a row, which is much faster than a sum over axis 0 on CPUs.
-    def mean(x: jax.Array) -> jax.Array:
-        row = finite.astype(x.dtype)
-        total = jnp.tensordot(row, x, 1, precision=jax.lax.Precision.HIGHEST)
-        return total / count.astype(x.dtype)
-
-    return jax.tree.map(mean, mask_replicas(finite, tree))
-
-
-def deviations_from(mean: PyTree, tree: PyTree, finite: jax.Array) -> PyTree:
-    """W - mean, zero for the replicas that are left out."""
-    return mask_replicas(finite, jax.tree.map(lambda x, m: x - m[None], tree, mean))
+def subtract(x: PyTree, y: PyTree) -> PyTree:
+    """x - y, in the dtypes of x."""
+    return jax.tree.map(lambda a, b: a - b.astype(a.dtype), x, y)
 
 
 def times(factor: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -208,6 +158,85 @@ def reciprocal(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, 1 / positive(x), 0.0)
 
 
-def cast(tree: PyTree) -> PyTree:
-    """Casts every leaf to at least float32."""
-    return jax.tree.map(lambda x: jnp.asarray(x, compute_dtype(x)), tree)
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """Square root, with derivative 0 at 0."""
+    return jnp.where(x > 0, jnp.sqrt(positive(x)), 0.0)
+
+
+def total(tree: PyTree, reduce: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The sum over the leaves of what each is reduced to, in the widest dtype."""
+    leaves = jax.tree.leaves(tree)
+    dtype = compute_dtype(*leaves)
+    sums = [reduce(x).astype(dtype) for x in leaves]
+    return sum(sums[1:], start=sums[0]) if sums else jnp.zeros([], dtype)
+
+
+def sum_of_squares(tree: PyTree) -> jax.Array:
+    """Sum of squares of all elements."""
+    return total(tree, lambda x: jnp.sum(jnp.square(x)))
+
+
+def squared_norms(tree: PyTree) -> jax.Array:
+    """Sum of squares of each replica, `[R]`."""
+    return total(tree, lambda x: jnp.sum(jnp.square(x), axis=range(1, x.ndim)))
+
+
+def largest_magnitudes(tree: PyTree) -> jax.Array:
+    """Largest |x| of each replica, `[R]`: NaN or Inf where the replica has either."""
+    leaves = jax.tree.leaves(tree)
+    dtype = compute_dtype(*leaves)
+    largest = [
+        jnp.max(jnp.abs(x), axis=range(1, x.ndim), initial=0.0).astype(dtype)
+        for x in leaves
+    ]
+    return jnp.max(jnp.stack(largest), axis=0)
+
+
+def largest_entry(tree: PyTree, living: jax.Array | None = None) -> jax.Array:
+    """Largest |x| of all (living) rows, or 1 where all are zero: a unit to divide by.
+
+    Its derivative is zero, since no result depends on the unit in which it is computed.
+    """
+    largest = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
+    if living is not None:
+        largest = [jnp.max(largest_magnitudes(tree), where=living, initial=0.0)]
+    dtype = compute_dtype(*largest)
+    return jax.lax.stop_gradient(
+        positive(jnp.max(jnp.stack([x.astype(dtype) for x in largest])))
+    )
+
+
+def rms(tree: PyTree, living: jax.Array) -> jax.Array:
+    """Root mean square over the living replicas of a tree in which others are zero."""
+    size = sum(x.size for x in jax.tree.leaves(tree)) // len(living)
+    squares = sum_of_squares(tree)
+    return safe_sqrt(squares / positive(jnp.sum(living).astype(squares.dtype) * size))
+
+
+def replica_mean(tree: PyTree, living: jax.Array) -> PyTree:
+    """Mean over the living replicas of a tree in which the others are zero."""
+    count = jnp.maximum(jnp.sum(living), 1)
+
+    # As a product with a row, which is much faster than a sum over axis 0 on CPUs.
+    def mean(x: jax.Array) -> jax.Array:
+        row = living.astype(x.dtype) / count.astype(x.dtype)
+        return jnp.tensordot(row, x, 1, precision=jax.lax.Precision.HIGHEST)
+
+    return jax.tree.map(mean, tree)
+
+
+def deviations(tree: PyTree, living: jax.Array, mean: PyTree = None) -> PyTree:
+    """The living replicas' distances from their mean, or from a given one."""
+    mean = replica_mean(tree, living) if mean is None else mean
+    moved = jax.tree.map(lambda x, m: x - m[None], tree, mean)
+    return mask_replicas(living, moved)
+
+
+def gram(tree: PyTree) -> jax.Array:
+    """Inner products between the entries of axis 0, over all other axes and leaves."""
+
+    def products(x: jax.Array) -> jax.Array:
+        axes = tuple(range(1, x.ndim))
+        return jnp.tensordot(x, x, (axes, axes), precision=jax.lax.Precision.HIGHEST)
+
+    return total(tree, products)
