@@ -1,14 +1,11 @@
 """Pranam: replicas of a model, trained through a shared embedding."""
 
+from pranam_optax import fitting as fitting
 from pranam_optax import original as original
 from pranam_optax import problems as problems
 from pranam_optax._embedding import Embedding as Embedding
 from pranam_optax._embedding import mlp_embedding as mlp_embedding
-from pranam_optax._fit import FitResult as FitResult
-from pranam_optax._fit import fit as fit
 from pranam_optax._metrics import replica_metrics as replica_metrics
-from pranam_optax._minimize import Progress as Progress
-from pranam_optax._minimize import minimize as minimize
 from pranam_optax._per_replica import per_replica as per_replica
 from pranam_optax._pranam import PranamState as PranamState
 from pranam_optax._pranam import pranam as pranam
@@ -19,8 +16,8 @@ from pranam_optax._replicas import replica_value_and_grad as replica_value_and_g
 from pranam_optax._replicas import replicate as replicate
 from pranam_optax._replicas import select_replica as select_replica
 from pranam_optax._resample import resample_replicas as resample_replicas
-from pranam_optax._result import MinimizeResult as MinimizeResult
-from pranam_optax._result import Minimum as Minimum
 from pranam_optax._revive import revive_replicas as revive_replicas
+from pranam_optax.fitting._fit import fit as fit
+from pranam_optax.fitting._minimize import minimize as minimize
 
 __version__ = "0.1.0"

@@ -5,9 +5,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from pranam_optax._fit import FitResult
-from pranam_optax._result import MinimizeResult, check_single
-
 
 def _pyplot() -> Any:
     try:
@@ -19,26 +16,24 @@ def _pyplot() -> Any:
     return plt
 
 
-def plot_result(result: MinimizeResult) -> Any:
-    """Loss curves and minima."""
-    check_single(result)
+def plot_result(result: Any) -> Any:
+    """Loss curves and minima of a `MinimizeResult`."""
     figure, axes = _pyplot().subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     _plot_history(axes[0], result)
     _plot_minima(axes[1], result)
     return figure
 
 
-def plot_fit(result: FitResult) -> Any:
-    """Loss curves, minima, and the fit over its residuals."""
-    check_single(result)
+def plot_fit(result: Any) -> Any:
+    """Loss curves, minima, and the fit over its residuals, of a `FitResult`."""
     figure, axes = _pyplot().subplot_mosaic(
         [["history", "fit"], ["minima", "residuals"]],
         figsize=(9, 6),
         height_ratios=(3, 2),
         layout="constrained",
     )
-    _plot_history(axes["history"], result)
-    _plot_minima(axes["minima"], result)
+    _plot_history(axes["history"], result.search)
+    _plot_minima(axes["minima"], result.search)
 
     leaves = jax.tree.leaves(result.x)
     y = np.ravel(result.y)
@@ -64,7 +59,7 @@ def plot_fit(result: FitResult) -> Any:
     return figure
 
 
-def _plot_history(axes: Any, result: MinimizeResult) -> None:
+def _plot_history(axes: Any, result: Any) -> None:
     history = np.asarray(result.history)
     history = np.where(np.isfinite(history), history, np.nan)
     axes.plot(history, color="0.7", linewidth=0.5)
@@ -77,7 +72,7 @@ def _plot_history(axes: Any, result: MinimizeResult) -> None:
     axes.legend()
 
 
-def _plot_minima(axes: Any, result: MinimizeResult) -> None:
+def _plot_minima(axes: Any, result: Any) -> None:
     minima = result.minima[:20]
     axes.scatter(
         range(1, len(minima) + 1),

@@ -1,6 +1,5 @@
 """Coordinates in which bounded parameters are free and have the same unit scale."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from pranam_optax._tree import PyTree, cast, leaf_dtype
+from pranam_optax._tree import PyTree, compute_dtype, leaf_dtype
 
 # How far inside the box a start lies at least, in parts of the half-width or scale: on
 # a bound itself the transform is stationary.
@@ -19,28 +18,11 @@ _FORM = (
 )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Bounds:
-    """Where params may lie.
-
-    Attributes:
-      low: lower bounds, like one model's params.
-      high: upper bounds, like one model's params.
-      kinds: of the leaves: "box" if all bounds of the leaf are finite, "low" or "high"
-        if only the lower or the upper ones are, "free" if none is, and "any" if they
-        differ or are traced. Static, so that only what is needed is compiled.
-    """
+class Bounds(NamedTuple):
+    """Where params may lie: both trees are like one model's params."""
 
     low: PyTree
     high: PyTree
-    kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-
-    def map(self, fun: Any, *trees: PyTree) -> PyTree:
-        """Maps fun(kind, low, high, *leaves)."""
-        treedef: Any = jax.tree.structure(self.low)
-        kinds = treedef.unflatten(self.kinds)
-        return jax.tree.map(fun, kinds, self.low, self.high, *trees)
 
 
 class Coordinates(NamedTuple):
@@ -55,7 +37,8 @@ class Coordinates(NamedTuple):
       \end{cases}
 
     The sine reflects at the bounds: descent that leaves the box re-enters it, and
-    unlike with a sigmoid a replica near a bound still moves.
+    unlike with a sigmoid a replica near a bound still moves. Coordinates have at least
+    single precision; params keep their own.
 
     Attributes:
       bounds: l and h.
@@ -69,87 +52,100 @@ class Coordinates(NamedTuple):
 
     def to_params(self, z: PyTree) -> PyTree:
         """Params of one model, for its coordinates."""
-        return self.bounds.map(_to_param, self.center, self.scale, z)
+
+        def to_param(
+            low: jax.Array, high: jax.Array, center: Any, scale: Any, z: jax.Array
+        ) -> jax.Array:
+            side = _Side.of(low, high, z.dtype)
+            one_sided = side.bound + side.sign * scale * jax.nn.softplus(side.sign * z)
+            x = side.select(center + scale * jnp.sin(z), one_sided, center + scale * z)
+            return jnp.clip(x.astype(low.dtype), low, high)
+
+        return jax.tree.map(to_param, *self.bounds, self.center, self.scale, z)
 
     def from_params(self, x: PyTree) -> PyTree:
         """Coordinates of one model's params, which must lie within the bounds."""
-        return self.bounds.map(_from_param, self.center, self.scale, x)
+
+        def from_param(
+            low: jax.Array, high: jax.Array, center: Any, scale: Any, x: jax.Array
+        ) -> jax.Array:
+            side = _Side.of(low, high, center.dtype)
+            x = x.astype(center.dtype)
+            unit = (x - center) / scale
+            inside = jnp.arcsin(jnp.clip(unit, -1 + _MARGIN, 1 - _MARGIN))
+            distance = jnp.maximum(side.sign * (x - side.bound) / scale, _MARGIN)
+            # The inverse of softplus.
+            one_sided = side.sign * (distance + jax.nn.log1mexp(distance))
+            return side.select(inside, one_sided, unit)
+
+        return jax.tree.map(from_param, *self.bounds, self.center, self.scale, x)
 
 
-def _to_param(
-    kind: str,
-    low: jax.Array,
-    high: jax.Array,
-    center: jax.Array,
-    scale: jax.Array,
-    z: jax.Array,
-) -> jax.Array:
-    inside = center + scale * jnp.sin(z)
-    above = _finite(low) + scale * jax.nn.softplus(z)
-    below = _finite(high) - scale * jax.nn.softplus(-z)
-    x = _select(kind, low, high, inside, above, below, center + scale * z)
-    return jnp.clip(x, low, high)
+class _Side(NamedTuple):
+    """How the entries of a leaf are bounded.
+
+    Attributes:
+      boxed: whether from both sides.
+      free: whether from none.
+      bound: the only bound of those with one; no infinity reaches a gradient.
+      sign: 1 if that bound is the lower one, else -1.
+    """
+
+    boxed: jax.Array
+    free: jax.Array
+    bound: jax.Array
+    sign: jax.Array
+
+    @classmethod
+    def of(cls, low: jax.Array, high: jax.Array, dtype: jnp.dtype) -> "_Side":
+        has_low, has_high = jnp.isfinite(low), jnp.isfinite(high)
+        zero = jnp.zeros_like(low)
+        bound = jnp.where(has_low, low, jnp.where(has_high, high, zero))
+        sign = jnp.where(has_low, 1, -1)
+        return cls(
+            has_low & has_high,
+            ~(has_low | has_high),
+            bound.astype(dtype),
+            sign.astype(dtype),
+        )
+
+    def select(self, inside: jax.Array, one_sided: Any, free: Any) -> jax.Array:
+        return jnp.where(self.boxed, inside, jnp.where(self.free, free, one_sided))
 
 
-def _from_param(
-    kind: str,
-    low: jax.Array,
-    high: jax.Array,
-    center: jax.Array,
-    scale: jax.Array,
-    x: jax.Array,
-) -> jax.Array:
-    unit = (x - center) / scale
-    inside = jnp.arcsin(jnp.clip(unit, -1 + _MARGIN, 1 - _MARGIN))
-    above = _inverse_softplus(jnp.maximum((x - _finite(low)) / scale, _MARGIN))
-    below = -_inverse_softplus(jnp.maximum((_finite(high) - x) / scale, _MARGIN))
-    return _select(kind, low, high, inside, above, below, unit)
+def _finite(bound: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The bound, or zero where there is none."""
+    return jnp.where(jnp.isfinite(bound), bound, jnp.zeros_like(bound)).astype(dtype)
 
 
-def _finite(bound: jax.Array) -> jax.Array:
-    """The bound, or zero where there is none: no infinity reaches a gradient."""
-    return jnp.where(jnp.isfinite(bound), bound, jnp.zeros_like(bound))
-
-
-def _inverse_softplus(y: jax.Array) -> jax.Array:
-    return y + jnp.log(-jnp.expm1(-y))
-
-
-def _select(
-    kind: str,
-    low: jax.Array,
-    high: jax.Array,
-    inside: jax.Array,
-    above: jax.Array,
-    below: jax.Array,
-    free: jax.Array,
-) -> jax.Array:
-    cases = {"box": inside, "low": above, "high": below, "free": free}
-    if kind in cases:
-        return cases[kind]
-    has_low, has_high = jnp.isfinite(low), jnp.isfinite(high)
-    return jnp.where(
-        has_low, jnp.where(has_high, inside, above), jnp.where(has_high, below, free)
-    )
+def _size(x: jax.Array) -> jax.Array:
+    return jnp.where(x == 0, jnp.ones_like(x), jnp.abs(x))
 
 
 def make_coordinates(starts: PyTree, bounds: Bounds) -> Coordinates:
     """Coordinates in which the starts (stacked params) spread over about one unit."""
+    dtype = compute_dtype(*jax.tree.leaves(starts))
 
-    def center(_: str, low: jax.Array, high: jax.Array, x: jax.Array) -> jax.Array:
+    def center(low: jax.Array, high: jax.Array, x: jax.Array) -> jax.Array:
         boxed = jnp.isfinite(low) & jnp.isfinite(high)
-        return jnp.where(boxed, (_finite(low) + _finite(high)) / 2, jnp.mean(x, axis=0))
+        middle = (_finite(low, dtype) + _finite(high, dtype)) / 2
+        return jnp.where(boxed, middle, jnp.mean(x.astype(dtype), axis=0))
 
-    def scale(_: str, low: jax.Array, high: jax.Array, x: jax.Array) -> jax.Array:
+    def scale(low: jax.Array, high: jax.Array, x: jax.Array) -> jax.Array:
         boxed = jnp.isfinite(low) & jnp.isfinite(high)
+        eps, x = jnp.finfo(x.dtype).eps, x.astype(dtype)
         spread = jnp.std(x, axis=0)
         # Where the starts agree, the size of what they agree on.
-        size = jnp.max(jnp.abs(x), axis=0)
-        size = jnp.where(size > 0, size, jnp.ones_like(size))
-        spread = jnp.where(spread > jnp.finfo(x.dtype).eps * size, spread, size)
-        return jnp.where(boxed, (_finite(high) - _finite(low)) / 2, spread)
+        size = _size(jnp.max(jnp.abs(x), axis=0))
+        spread = jnp.where(spread > eps * size, spread, size)
+        half = (_finite(high, dtype) - _finite(low, dtype)) / 2
+        return jnp.where(boxed, half, spread)
 
-    return Coordinates(bounds, bounds.map(center, starts), bounds.map(scale, starts))
+    return Coordinates(
+        bounds,
+        jax.tree.map(center, *bounds, starts),
+        jax.tree.map(scale, *bounds, starts),
+    )
 
 
 def draw_around(key: jax.Array, start: PyTree, bounds: Bounds) -> PyTree:
@@ -159,33 +155,26 @@ def draw_around(key: jax.Array, start: PyTree, bounds: Bounds) -> PyTree:
     log-normal factor; with none, the start plus a normal of its own size (1 if zero).
     """
 
-    def size(x: jax.Array) -> jax.Array:
-        x = jnp.abs(x)
-        return jnp.where(x > 0, x, jnp.ones_like(x))
-
     def draw(
-        kind: str, low: jax.Array, high: jax.Array, key: jax.Array, x: jax.Array
+        low: jax.Array, high: jax.Array, key: jax.Array, start: jax.Array
     ) -> jax.Array:
-        dtype = x.dtype
+        dtype = compute_dtype(start)  # ndtri takes no half precision
+        side, x = _Side.of(low, high, dtype), start.astype(dtype)
         # One draw serves all cases: half the time to compile.
-        low, high, x = cast((low, high, x))  # ndtri takes no half precision
-        u = jax.random.uniform(key, x.shape, x.dtype, jnp.finfo(x.dtype).eps, 1.0)
+        u = jax.random.uniform(key, x.shape, dtype, jnp.finfo(dtype).eps, 1.0)
         normal = jax.scipy.special.ndtri(u)
-        bottom, top = _finite(low), _finite(high)
-        drawn = _select(
-            kind,
-            low,
-            high,
+        bottom, top = _finite(low, dtype), _finite(high, dtype)
+        drawn = side.select(
             bottom + (top - bottom) * u,
-            bottom + size(x - bottom) * jnp.exp(normal),
-            top - size(top - x) * jnp.exp(normal),
-            x + size(x) * normal,
+            side.bound + side.sign * _size(x - side.bound) * jnp.exp(normal),
+            x + _size(x) * normal,
         )
-        return drawn.astype(dtype)
+        # Rounding to half precision may leave the box.
+        return jnp.clip(drawn.astype(start.dtype), low, high)
 
     leaves, treedef = jax.tree.flatten(start)
     keys = jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
-    return bounds.map(draw, keys, start)
+    return jax.tree.map(draw, *bounds, keys, start)
 
 
 def check_params(params: PyTree, name: str) -> None:
@@ -234,7 +223,7 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
             "bounds must have one pair (low, high) for each leaf of the params, whose "
             f"structure is {treedef}; got {bounds!r}"
         ) from error
-    lows, highs, kinds = [], [], []
+    lows, highs = [], []
     for (path, leaf), pair in zip(
         jax.tree_util.tree_leaves_with_path(shapes), pairs, strict=True
     ):
@@ -254,8 +243,7 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
             )
         lows.append(jnp.broadcast_to(jnp.asarray(low, dtype), shape))
         highs.append(jnp.broadcast_to(jnp.asarray(high, dtype), shape))
-        kinds.append(_kind(low, high))
-    return Bounds(treedef.unflatten(lows), treedef.unflatten(highs), tuple(kinds))
+    return Bounds(treedef.unflatten(lows), treedef.unflatten(highs))
 
 
 def _check_pair(where: str, pair: Any) -> None:
@@ -270,22 +258,6 @@ def _check_pair(where: str, pair: Any) -> None:
             )
 
 
-def _kind(low: Any, high: Any) -> str:
-    """See `Bounds`."""
-    if _concrete(low, high):
-        has_low, has_high = np.isfinite(low), np.isfinite(high)
-        cases = {
-            "box": has_low.all() and has_high.all(),
-            "low": has_low.all() and not has_high.any(),
-            "high": has_high.all() and not has_low.any(),
-            "free": not has_low.any() and not has_high.any(),
-        }
-        for kind, holds in cases.items():
-            if holds:
-                return kind
-    return "any"
-
-
 def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether an array of this shape broadcasts to the target's."""
     try:
@@ -297,12 +269,7 @@ def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 def check_within(params: PyTree, bounds: Bounds, name: str) -> None:
     """Checks that params, of one model or stacked, are finite and within bounds."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    for (path, x), a, b in zip(
-        leaves,
-        jax.tree.leaves(bounds.low),
-        jax.tree.leaves(bounds.high),
-        strict=True,
-    ):
+    for (path, x), a, b in zip(leaves, *map(jax.tree.leaves, bounds), strict=True):
         if not _concrete(x, a, b):
             continue
         bad = ~np.isfinite(np.asarray(x))

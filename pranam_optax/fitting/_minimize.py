@@ -1,0 +1,487 @@
+"""`minimize`: starts, the coupled phase and the polish in one call."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import Partial, all_leaves
+
+from pranam_optax._pranam import Coupling, pranam
+from pranam_optax._replicas import as_key, best_replica, replicate
+from pranam_optax._tree import PyTree, compute_dtype, largest_magnitudes, scale
+from pranam_optax.fitting._coordinates import (
+    Bounds,
+    Coordinates,
+    check_params,
+    check_within,
+    draw_around,
+    make_coordinates,
+    parse_bounds,
+)
+from pranam_optax.fitting._polish import Function, Polish, check_count, second_order
+from pranam_optax.fitting._result import MinimizeResult
+from pranam_optax.fitting._trace import call, scalar_function, trace, vector_function
+
+# Random starts tried per replica, to replace those where the function is not finite.
+_TRIES = 4
+# Largest number of chunks that the coupled phase is cut into for callbacks.
+_NUM_CHUNKS = 20
+
+
+class Progress(NamedTuple):
+    """What a callback of `minimize` and `fit` sees.
+
+    Attributes:
+      step: steps of the coupled phase done so far.
+      num_steps: steps of the coupled phase in all.
+      params: where each replica has seen its lowest value, stacked.
+      values: the lowest value each replica has seen, `[R]`.
+    """
+
+    step: int
+    num_steps: int
+    params: PyTree
+    values: jax.Array
+
+
+Callback = Callable[[Progress], bool | None]
+
+
+class Options(NamedTuple):
+    """How `minimize` and `fit` search; see `minimize`."""
+
+    key: int | jax.Array
+    num_replicas: int
+    num_steps: int
+    optimizer: optax.GradientTransformation | None
+    coupling: Coupling | None
+    polish: Polish | None
+    callback: Callback | None
+    progress: bool
+
+
+@jax.tree_util.register_static
+class _Sizes(NamedTuple):
+    """What is compiled into a run besides functions and shapes."""
+
+    num_replicas: int
+    polish: Polish | None
+
+
+class _Problem(NamedTuple):
+    """What is minimised, where and how: a pytree of numbers, functions included.
+
+    Attributes:
+      fun: the value at one model's params.
+      residuals: of one model's params, if the value is the sum of their squares.
+      draw: a random start, for a key.
+      first: the start that the user gave.
+      coupling: for a count of steps.
+      init: state of the optimizer, for stacked coordinates.
+      update: `(gradients, state, coordinates, values)` to updates and state.
+      unit: what values are multiplied by when they are reported.
+    """
+
+    fun: Partial
+    residuals: Partial | None
+    draw: Partial
+    first: PyTree | None
+    bounds: Bounds
+    coupling: Partial
+    init: Partial
+    update: Partial
+    key: jax.Array
+    unit: jax.Array
+    sizes: _Sizes
+
+
+class _Start(NamedTuple):
+    """The starts tried, and coordinates of the replicas that begin at some of them."""
+
+    coordinates: Coordinates
+    params: PyTree
+    values: jax.Array
+    z: PyTree
+
+
+class _Carry(NamedTuple):
+    """The replicas in their coordinates, and the lowest point each has seen.
+
+    Their params are carried along, as otherwise XLA computes them anew for each of the
+    data.
+    """
+
+    z: PyTree
+    params: PyTree
+    states: tuple[optax.OptState, optax.OptState]
+    best_z: PyTree
+    best_values: jax.Array
+
+
+def minimize(
+    fun: Callable[[PyTree], jax.Array],
+    init: PyTree | Callable[[jax.Array], PyTree] | None,
+    *,
+    key: int | jax.Array = 0,
+    num_replicas: int = 64,
+    num_steps: int = 1000,
+    optimizer: optax.GradientTransformation | None = None,
+    coupling: Coupling | None = None,
+    bounds: PyTree | None = None,
+    polish: Polish | None = second_order(),  # noqa: B008
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> MinimizeResult:
+    r"""Searches for the global minimum of a function of any pytree.
+
+    R replicas start at random, in coordinates :math:`z` without bounds and with one
+    scale, :math:`x = x(z)` (a sine between two finite bounds). In the coupled phase
+
+    .. math::
+      g_r = \nabla_z f(x(z_r)), \quad \hat g_r = g_r / \max |g_r|, \quad
+      z \mathrel{+}= \mathrm{optimizer}(\mathrm{pranam}_c(\hat g))
+
+    with couplings :math:`c_r = (1 - t / 0.6 T)_+ \, r / (R - 1)`: a ladder from
+    independent explorers to full consensus, released over the first 60 % of the T
+    steps. Then `polish` refines each replica from the lowest point that it has seen and
+    from its start, and keeps the lower of the two.
+
+    The whole run is one compiled program, cut into chunks for a callback or the
+    progress bar. `fun` is traced at every call, so that it may use data that change
+    from call to call; programs are compiled once for the same computation and shapes.
+    It may be called under `jax.jit` and `jax.vmap`.
+
+    Args:
+      fun: takes one model's params and returns a scalar.
+      init: one model's params: the first start, around which the others are drawn
+        (uniformly between finite bounds, log-normally at the start's distance from a
+        single bound, normally with the start's own size where there is none). Or a
+        function of a key that returns a random start (a callable pytree, such as an
+        Equinox module, is params). Or None with finite bounds.
+      key: seed or PRNG key of the starts and of the embedding.
+      num_replicas: R.
+      num_steps: T, steps of the coupled phase.
+      optimizer: what follows `pranam` in the chain, learning rate included, for
+        coordinates of scale 1. Default: Adam with a cosine decay from 0.03.
+      coupling: of `pranam`, in place of the ladder: 0.0 for independent replicas, a
+        schedule or one value per replica.
+      bounds: a pair `(low, high)` for each leaf of the params, of numbers or arrays
+        that broadcast to the leaf; either side may be infinite.
+      polish: the refinement, such as `fitting.lbfgs(max_steps=500)`, or None for none.
+      callback: called with a `Progress` after each of at most 20 chunks of equal
+        length; return True to end the coupled phase early.
+      progress: whether to show a progress bar (needs tqdm).
+
+    Returns:
+      A `MinimizeResult`.
+
+    Raises:
+      ValueError: for bounds that are reversed or of another structure than the params,
+        starts that are not finite or outside the bounds, a `fun` that does not return
+        a scalar or is not finite at any start, or arguments out of range.
+      TypeError: for params that are not real floats.
+
+    Examples:
+      >>> import jax.numpy as jnp, pranam_optax
+      >>> def camel(p):  # six humps, two of them deepest
+      ...     x, y = p["x"], p["y"]
+      ...     return (4 - 2.1 * x**2 + x**4 / 3) * x**2 + x * y + 4 * (y**2 - 1) * y**2
+      >>> result = pranam_optax.minimize(
+      ...     camel, None, bounds={"x": (-3, 3), "y": (-2, 2)},
+      ...     num_replicas=16, num_steps=100)
+      >>> print(f"{result.value:.4f}", result.confirmed)
+      -1.0316 True
+      >>> sorted(round(float(m.params["x"]), 3) for m in result.minima[:2])
+      [-0.09, 0.09]
+    """
+    options = Options(
+        key, num_replicas, num_steps, optimizer, coupling, polish, callback, progress
+    )
+    return search(fun, None, init, bounds, options)
+
+
+def search(
+    fun: Function,
+    residuals: Function | None,
+    init: PyTree | Callable[[jax.Array], PyTree] | None,
+    bounds: PyTree | None,
+    options: Options,
+    unit: jax.Array | float = 1.0,
+) -> MinimizeResult:
+    """Checks the arguments, then runs at once or in chunks."""
+    problem = _make_problem(fun, residuals, init, bounds, options, unit)
+    if options.callback is None and not options.progress:
+        result, start = call(_run, problem, jnp.arange(options.num_steps))
+        _check_start(start, problem)
+        return result
+    return _run_in_chunks(problem, options)
+
+
+def _make_problem(
+    fun: Function,
+    residuals: Function | None,
+    init: PyTree | Callable[[jax.Array], PyTree] | None,
+    bounds: PyTree | None,
+    options: Options,
+    unit: jax.Array | float,
+) -> _Problem:
+    check_count(options.num_replicas, "num_replicas")
+    check_count(options.num_steps, "num_steps")
+    if not (options.polish is None or callable(options.polish)):
+        raise ValueError(
+            "polish must be a function such as fitting.lbfgs(), or None, got "
+            f"{options.polish!r}"
+        )
+    key = as_key(options.key)
+    first, draw, box = _make_starts(init, bounds, key)
+    params = box.low
+    optimizer_init, optimizer_update = _make_optimizer(params, options)
+    return _Problem(
+        _make_function(fun, params),
+        residuals and vector_function(residuals, params),
+        draw,
+        first,
+        box,
+        _make_coupling(options),
+        optimizer_init,
+        optimizer_update,
+        key,
+        jnp.asarray(unit, compute_dtype(*jax.tree.leaves(params))),
+        _Sizes(options.num_replicas, options.polish),
+    )
+
+
+def _make_starts(
+    init: PyTree | Callable[[jax.Array], PyTree] | None,
+    bounds: PyTree | None,
+    key: jax.Array,
+) -> tuple[PyTree | None, Partial, Bounds]:
+    """The user's start, the function that draws the others, and the bounds."""
+    if callable(init) and (isinstance(init, Partial) or all_leaves([init])):
+        draw = trace(init, key)
+        shapes = jax.eval_shape(draw, key)
+        check_params(shapes, "init(key)")
+        return None, draw, parse_bounds(bounds, shapes)
+    if init is None:
+        box = parse_bounds(bounds, None)
+        return None, Partial(draw_around, start=box.low, bounds=box), box
+    check_params(init, "init")
+    first = jax.tree.map(jnp.asarray, init)
+    box = parse_bounds(bounds, first)
+    check_within(first, box, "init")
+    return first, Partial(draw_around, start=first, bounds=box), box
+
+
+def _make_function(fun: Function, params: PyTree) -> Partial:
+    value = jax.eval_shape(lambda params: fun(params), params)
+    if not isinstance(value, jax.ShapeDtypeStruct) or value.shape:
+        described = jax.tree.map(lambda x: x.shape, value)
+        raise ValueError(
+            f"fun must return a scalar, but it returns shape {described}; for a vector "
+            "of residuals see fit"
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"fun must return a real float, but it returns {value.dtype}")
+    dtype = compute_dtype(*jax.tree.leaves(params))
+    return scalar_function(lambda p: jnp.asarray(fun(p)).astype(dtype), params)
+
+
+def _make_coupling(options: Options) -> Partial:
+    if callable(options.coupling):
+        return trace(options.coupling, jnp.zeros([], jnp.int32))
+    if options.coupling is not None:
+        pranam(coupling=options.coupling)  # checks it
+        return Partial(_constant, value=jnp.asarray(options.coupling))
+    rungs = jnp.linspace(0.0, 1.0, options.num_replicas)
+    return Partial(_ladder, rungs=rungs, end=max(int(0.6 * options.num_steps), 1))
+
+
+def _constant(count: jax.Array, value: jax.Array) -> jax.Array:
+    del count
+    return value
+
+
+def _ladder(count: jax.Array, rungs: jax.Array, end: jax.Array) -> jax.Array:
+    return jnp.maximum(0.0, 1 - count / end) * rungs
+
+
+def _make_optimizer(params: PyTree, options: Options) -> tuple[Partial, Partial]:
+    optimizer = options.optimizer
+    if optimizer is None:
+        optimizer = optax.adam(optax.cosine_decay_schedule(0.03, options.num_steps))
+    tx = optax.with_extra_args_support(optimizer)
+    dtype = compute_dtype(*jax.tree.leaves(params))
+    z = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((options.num_replicas, *x.shape), dtype), params
+    )
+    values = jax.ShapeDtypeStruct((options.num_replicas,), dtype)
+    init = trace(tx.init, z)
+    update = trace(
+        lambda g, state, z, values: tx.update(g, state, z, values=values),
+        *(z, jax.eval_shape(init, z), z, values),
+    )
+    return init, update
+
+
+def _begin(problem: _Problem) -> _Start:
+    """Draws the starts, and replaces those where the function is not finite."""
+    num_replicas = problem.sizes.num_replicas
+    key, _ = jax.random.split(problem.key)
+    params = replicate(problem.draw, key, _TRIES * num_replicas)
+    if problem.first is not None:
+        params = jax.tree.map(lambda x, y: x.at[0].set(y), params, problem.first)
+    coordinates = make_coordinates(params, problem.bounds)
+    z = jax.vmap(coordinates.from_params)(params)
+    values = jax.vmap(lambda z: problem.fun(coordinates.to_params(z)))(z)
+    order = jnp.argsort(~jnp.isfinite(values), stable=True)[:num_replicas]
+    return _Start(coordinates, params, values, jax.tree.map(lambda x: x[order], z))
+
+
+def _check_start(start: _Start, problem: _Problem) -> None:
+    """Raises for starts that cannot be used, unless they are traced."""
+    if isinstance(start.values, jax.core.Tracer):
+        return
+    check_within(start.params, problem.bounds, "init(key)")
+    values = np.asarray(start.values)
+    if not np.isfinite(values).any():
+        example = jax.tree.map(lambda x: np.asarray(x[0]).tolist(), start.params)
+        raise ValueError(
+            f"fun is not finite at any of the {len(values)} random starts: it is "
+            f"{values[0]} at {example}, for example. Narrow the bounds, or pass an "
+            "init where it is finite."
+        )
+
+
+def _link(problem: _Problem) -> optax.GradientTransformationExtraArgs:
+    _, key = jax.random.split(problem.key)
+    return pranam(coupling=problem.coupling, key=key)
+
+
+def _start_carry(problem: _Problem, start: _Start) -> _Carry:
+    return _Carry(
+        start.z,
+        jax.vmap(start.coordinates.to_params)(start.z),
+        (_link(problem).init(start.z), problem.init(start.z)),
+        start.z,
+        jnp.full(problem.sizes.num_replicas, jnp.inf, start.values.dtype),
+    )
+
+
+def _advance(
+    problem: _Problem, start: _Start, carry: _Carry, steps: jax.Array
+) -> tuple[_Carry, jax.Array]:
+    """The coupled phase for as many steps, and the values before each."""
+    link = _link(problem)
+    to_params = jax.vmap(start.coordinates.to_params)
+    grad_fn = jax.vmap(jax.value_and_grad(problem.fun))
+
+    def step(carry: _Carry, _: jax.Array) -> tuple[_Carry, jax.Array]:
+        values, grads = grad_fn(carry.params)
+        (grads,) = jax.vjp(to_params, carry.z)[1](grads)
+        lower = values < carry.best_values
+        best_z = jax.vmap(optax.tree.where)(lower, carry.z, carry.best_z)
+        best_values = jnp.where(lower, values, carry.best_values)
+        # Each replica counts the same, however steep its part of the landscape.
+        updates, coupled = link.update(_unit_gradients(grads), carry.states[0], carry.z)
+        updates, state = problem.update(updates, carry.states[1], carry.z, values)
+        z = optax.apply_updates(carry.z, updates)
+        return _Carry(z, to_params(z), (coupled, state), best_z, best_values), values
+
+    return jax.lax.scan(step, carry, steps)
+
+
+def _unit_gradients(grads: PyTree) -> PyTree:
+    largest = largest_magnitudes(grads, compute_dtype(*jax.tree.leaves(grads)))
+    return scale(jnp.where(largest == 0, 1.0, 1 / largest), grads)
+
+
+def _finish(
+    problem: _Problem, start: _Start, carry: _Carry, history: jax.Array
+) -> MinimizeResult:
+    """Polishes, and gathers what was found."""
+    coordinates, sizes = start.coordinates, problem.sizes
+
+    def within(function: Function) -> Function:
+        return lambda z: function(coordinates.to_params(z))
+
+    fun = within(problem.fun)
+    residuals = problem.residuals and within(problem.residuals)
+    num_evaluations = jnp.asarray(len(start.values) + history.size, jnp.int32)
+    groups = [carry.z, carry.best_z, start.z]
+    if sizes.polish is not None:
+        ends = jax.tree.map(lambda *x: jnp.concatenate(x), carry.best_z, start.z)
+        polished = sizes.polish(fun, residuals, ends)
+        num_evaluations += jnp.sum(polished.num_evaluations)
+        groups.append(polished.params)
+    candidates = jax.tree.map(lambda *x: jnp.concatenate(x), *groups)
+    values = jax.vmap(fun)(candidates)
+    num_evaluations += len(values)
+
+    # Of its candidates, each replica keeps the lowest.
+    by_replica = values.reshape(-1, sizes.num_replicas)
+    lowest = jnp.argsort(by_replica, axis=0)[0]  # NaN sorts last
+    index = lowest * sizes.num_replicas + jnp.arange(sizes.num_replicas)
+    params = jax.vmap(coordinates.to_params)(
+        jax.tree.map(lambda x: x[index], candidates)
+    )
+    values, unit = values[index], problem.unit
+    return MinimizeResult(
+        params=best_replica(params, values),
+        value=jnp.sort(values)[0] * unit,
+        replica_params=params,
+        replica_values=values * unit,
+        scale=coordinates.scale,
+        history=history * unit,
+        start_values=start.values * unit,
+        num_evaluations=num_evaluations,
+    )
+
+
+def _run(problem: _Problem, steps: jax.Array) -> tuple[MinimizeResult, _Start]:
+    start = _begin(problem)
+    carry = _start_carry(problem, start)
+    carry, history = _advance(problem, start, carry, steps)
+    return _finish(problem, start, carry, history), start
+
+
+def _run_in_chunks(problem: _Problem, options: Options) -> MinimizeResult:
+    """As `_run`, with the callback and the progress bar after each chunk."""
+    start = call(_begin, problem)
+    if isinstance(start.values, jax.core.Tracer):
+        raise ValueError(
+            "callback and progress cannot be used under jax.jit or jax.vmap: they run "
+            "between compiled programs"
+        )
+    _check_start(start, problem)
+    carry = call(_start_carry, problem, start)
+    history = []
+    total = options.num_steps
+    length = -(-total // _NUM_CHUNKS)
+    with _progress_bar(total) if options.progress else contextlib.nullcontext() as bar:
+        for step in range(0, total, length):
+            steps = jnp.arange(step, min(step + length, total))
+            carry, values = call(_advance, problem, start, carry, steps)
+            history.append(values)
+            params = jax.vmap(start.coordinates.to_params)(carry.best_z)
+            values = carry.best_values * problem.unit
+            if bar is not None:
+                bar.update(len(steps))
+                bar.set_postfix(value=f"{float(jnp.nanmin(values)):.6g}")
+            progress = Progress(step + len(steps), total, params, values)
+            if options.callback is not None and options.callback(progress):
+                break
+    return call(_finish, problem, start, carry, jnp.concatenate(history))
+
+
+def _progress_bar(total: int) -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "progress=True needs tqdm: pip install 'pranam-optax[fit]'"
+        ) from error
+    return tqdm(total=total, unit="step")
