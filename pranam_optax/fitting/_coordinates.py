@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from pranam_optax._tree import PyTree, compute_dtype, leaf_dtype
+from pranam_optax._tree import PyTree, leaf_dtype
 
 # How far inside the box a start lies at least, in parts of the half-width or scale: on
 # a bound itself the transform is stationary.
@@ -16,6 +16,11 @@ _FORM = (
     "expected one pair for the whole leaf, (low_array, high_array) or numbers, with "
     "-jnp.inf or jnp.inf for no bound"
 )
+
+
+def working_dtype() -> jnp.dtype:
+    """Of coordinates and values: params of any precision, and data, are cast to it."""
+    return jnp.dtype(jax.dtypes.canonicalize_dtype(float))
 
 
 class Bounds(NamedTuple):
@@ -37,8 +42,8 @@ class Coordinates(NamedTuple):
       \end{cases}
 
     The sine reflects at the bounds: descent that leaves the box re-enters it, and
-    unlike with a sigmoid a replica near a bound still moves. Coordinates have at least
-    single precision; params keep their own.
+    unlike with a sigmoid a replica near a bound still moves. Coordinates have JAX's
+    default precision; params keep their own.
 
     Attributes:
       bounds: l and h.
@@ -124,7 +129,7 @@ def _size(x: jax.Array) -> jax.Array:
 
 def make_coordinates(starts: PyTree, bounds: Bounds) -> Coordinates:
     """Coordinates in which the starts (stacked params) spread over about one unit."""
-    dtype = compute_dtype(*jax.tree.leaves(starts))
+    dtype = working_dtype()
 
     def center(low: jax.Array, high: jax.Array, x: jax.Array) -> jax.Array:
         boxed = jnp.isfinite(low) & jnp.isfinite(high)
@@ -158,7 +163,7 @@ def draw_around(key: jax.Array, start: PyTree, bounds: Bounds) -> PyTree:
     def draw(
         low: jax.Array, high: jax.Array, key: jax.Array, start: jax.Array
     ) -> jax.Array:
-        dtype = compute_dtype(start)  # ndtri takes no half precision
+        dtype = working_dtype()
         side, x = _Side.of(low, high, dtype), start.astype(dtype)
         # One draw serves all cases: half the time to compile.
         u = jax.random.uniform(key, x.shape, dtype, jnp.finfo(dtype).eps, 1.0)
@@ -235,12 +240,8 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
                     f"{where} has a side of shape {jnp.shape(side)}, but the leaf has "
                     f"shape {shape}"
                 )
+        _check_order(where, pair, dtype)
         low, high = pair
-        if _concrete(low, high) and not np.all(np.asarray(low) < np.asarray(high)):
-            raise ValueError(
-                f"{where} is reversed or empty: expected low < high, got low = {low!r} "
-                f"and high = {high!r}"
-            )
         lows.append(jnp.broadcast_to(jnp.asarray(low, dtype), shape))
         highs.append(jnp.broadcast_to(jnp.asarray(high, dtype), shape))
     return Bounds(treedef.unflatten(lows), treedef.unflatten(highs))
@@ -256,6 +257,36 @@ def _check_pair(where: str, pair: Any) -> None:
                 f"{where} has a side that is no number or array, {side!r}, in "
                 f"{pair!r}; {_FORM}"
             )
+
+
+def _check_order(where: str, pair: Any, dtype: jnp.dtype) -> None:
+    """Checks that bounds leave a width that the dtype can hold."""
+    if not _concrete(*pair):
+        return
+    low, high = exact = [np.asarray(side) for side in pair]
+    if not np.all(low < high):
+        problem = "is reversed or empty: expected low < high"
+    else:
+        with np.errstate(over="ignore"):
+            low, high = (side.astype(dtype) for side in exact)
+            finite = np.isfinite(low) & np.isfinite(high)
+            too_wide = np.any(finite & ~np.isfinite(high - low))
+        largest = f"the largest {dtype} number, {float(jnp.finfo(dtype).max):.3g}"
+        if any(
+            np.any(np.isinf(a) & np.isfinite(b))
+            for a, b in ((low, exact[0]), (high, exact[1]))
+        ):
+            problem = f"goes beyond {largest}; use jnp.inf for no bound"
+        elif too_wide:
+            problem = f"is wider than {largest}; use jnp.inf for no bound"
+        elif not np.all(low < high):
+            problem = (
+                f"has sides that {dtype} cannot tell apart; subtract an offset, or "
+                "enable jax_enable_x64"
+            )
+        else:
+            return
+    raise ValueError(f"{where} {problem}, got low = {pair[0]!r} and high = {pair[1]!r}")
 
 
 def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
@@ -305,12 +336,9 @@ def _is_pair(node: Any) -> bool:
 
 def _shape_between(where: str, pair: Any) -> jax.ShapeDtypeStruct:
     _check_pair(where, pair)
-    sides = [jnp.asarray(side, float) for side in pair]
-    if all(_concrete(s) for s in sides) and not all(
-        np.all(np.isfinite(s)) for s in sides
-    ):
+    if _concrete(*pair) and not all(np.all(np.isfinite(side)) for side in pair):
         raise ValueError(
             f"without init, bounds must be finite; got {pair!r}. Pass init as well."
         )
-    shape = np.broadcast_shapes(*(s.shape for s in sides))
-    return jax.ShapeDtypeStruct(shape, jnp.result_type(*sides))
+    shape = np.broadcast_shapes(*map(jnp.shape, pair))
+    return jax.ShapeDtypeStruct(shape, jnp.result_type(float, *pair))

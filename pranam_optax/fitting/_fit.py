@@ -11,16 +11,21 @@ from jax.tree_util import Partial, keystr
 
 from pranam_optax._pranam import Coupling
 from pranam_optax._tree import PyTree, compute_dtype
-from pranam_optax.fitting._coordinates import broadcasts_to
+from pranam_optax.fitting._coordinates import broadcasts_to, working_dtype
+from pranam_optax.fitting._mesh import with_auto_axes
 from pranam_optax.fitting._minimize import Callback, Options, search
-from pranam_optax.fitting._polish import Function, Polish, second_order
+from pranam_optax.fitting._polish import Function, Polish, power_of_two, second_order
 from pranam_optax.fitting._result import FitResult
 from pranam_optax.fitting._trace import as_partial, call, vector_function
 
 Model = Callable[[PyTree, Any], jax.Array]
 Loss = Callable[[jax.Array], jax.Array]
 
+# How much of the range of the data may be lost when they are rounded to float32.
+_ROUNDING = 1e-4
 
+
+@with_auto_axes
 def fit(
     model: Model,
     x: PyTree,
@@ -83,7 +88,7 @@ def fit(
       ValueError: as `minimize`; for x and y of different length, predictions of
         another shape than `y`, `sigma` not positive, data that are not finite, or
         `fitting.levenberg_marquardt` with a `loss`.
-      TypeError: for params that are not real floats.
+      TypeError: for params, `y` or predictions that are not real.
       ImportError: if `polish` needs optimistix and it is missing.
 
     Examples:
@@ -109,8 +114,8 @@ def fit(
         return _residuals(model, params, x, y, sigma)
 
     def scaled(params: PyTree) -> jax.Array:
-        dtype = compute_dtype(*jax.tree.leaves(params))
-        return (residuals(params) / unit).astype(dtype)
+        r = residuals(params)
+        return (r / unit.astype(r.dtype)).astype(working_dtype())
 
     if loss is not None:
         found = search(
@@ -138,7 +143,15 @@ def fit(
 def _check_data(
     x: PyTree, y: jax.Array | np.ndarray, sigma: jax.Array | np.ndarray | float | None
 ) -> tuple[PyTree, jax.Array, jax.Array | None]:
-    x, y = jax.tree.map(jnp.asarray, x), jnp.asarray(y)
+    x = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _to_array(leaf, f"x{keystr(path)}"), x
+    )
+    y = _to_array(y, "y")
+    if jnp.iscomplexobj(y):
+        raise TypeError(
+            f"y has dtype {y.dtype}; stack its real and imaginary parts, and those of "
+            "the model, along a new last axis"
+        )
     if not jnp.issubdtype(y.dtype, jnp.floating):
         y = y.astype(float)
     if not y.ndim or not len(y):
@@ -149,7 +162,8 @@ def _check_data(
                 f"x{keystr(path)} has shape {leaf.shape} and y has shape {y.shape}; "
                 "expected the same length along axis 0"
             )
-    _check_finite(y, "y")
+        _check_entries(~jnp.isnan(leaf), f"x{keystr(path)}", "must not be NaN")
+    _check_entries(jnp.isfinite(y), "y", "must be finite")
     if sigma is None:
         return x, y, None
     sigma = jnp.asarray(sigma, y.dtype)
@@ -157,7 +171,7 @@ def _check_data(
         raise ValueError(
             f"sigma has shape {sigma.shape}, which does not broadcast to y's {y.shape}"
         )
-    _check_finite(sigma, "sigma")
+    _check_entries(jnp.isfinite(sigma), "sigma", "must be finite")
     if not isinstance(sigma, jax.core.Tracer) and not bool(jnp.all(sigma > 0)):
         raise ValueError(
             f"sigma must be positive, but its least entry is {float(sigma.min())}"
@@ -165,13 +179,33 @@ def _check_data(
     return x, y, jnp.broadcast_to(sigma, y.shape)
 
 
-def _check_finite(x: jax.Array, name: str) -> None:
-    if isinstance(x, jax.core.Tracer) or bool(jnp.all(jnp.isfinite(x))):
+def _to_array(x: Any, name: str) -> jax.Array:
+    """An array of JAX, unless its dtypes cannot hold the data."""
+    if isinstance(x, jax.Array):
+        return x
+    exact = np.asarray(x)
+    dtype = jax.dtypes.canonicalize_dtype(exact.dtype)
+    if jnp.issubdtype(dtype, jnp.integer) and np.any(exact.astype(dtype) != exact):
+        dtype = jax.dtypes.canonicalize_dtype(np.float64)  # beyond int32
+    array = exact.astype(dtype)
+    if array.dtype != exact.dtype and array.size and np.isrealobj(exact):
+        error = np.max(np.abs(array.astype(np.float64) - exact))
+        if error > _ROUNDING * np.ptp(exact):
+            raise ValueError(
+                f"{name} lies between {exact.min()} and {exact.max()}, and {dtype} is "
+                f"off by up to {error:.2g} there: subtract an offset, or enable "
+                "jax_enable_x64"
+            )
+    return jnp.asarray(array)
+
+
+def _check_entries(good: jax.Array, name: str, rule: str) -> None:
+    if isinstance(good, jax.core.Tracer) or bool(jnp.all(good)):
         return
-    bad = np.argwhere(~np.isfinite(np.asarray(x)))
+    bad = np.argwhere(~np.asarray(good))
     raise ValueError(
-        f"{name} must be finite, but {len(bad)} of its {x.size} entries are not; the "
-        f"first at index {tuple(bad[0].tolist())}"
+        f"{name} {rule}, but {len(bad)} of its {good.size} entries are not; the first "
+        f"at index {tuple(bad[0].tolist())}"
     )
 
 
@@ -180,13 +214,17 @@ def _spread(y: jax.Array) -> jax.Array:
     y = y.astype(compute_dtype(y))
     spread, size = jnp.max(y) - jnp.min(y), jnp.max(jnp.abs(y))
     spread = jnp.where(spread > 0, spread, jnp.where(size > 0, size, 1.0))
-    return jnp.ldexp(jnp.ones_like(spread), jnp.frexp(spread)[1])
+    return power_of_two(spread)
 
 
 def _residuals(
     model: Partial, params: PyTree, x: PyTree, y: jax.Array, sigma: jax.Array | None
 ) -> jax.Array:
     predictions = jnp.asarray(model(params, x))
+    if jnp.iscomplexobj(predictions):
+        raise TypeError(
+            f"model returns dtype {predictions.dtype}, expected real floats"
+        )
     if predictions.shape != y.shape:
         raise ValueError(
             f"model returns shape {predictions.shape}, expected that of y, {y.shape}"

@@ -1,6 +1,7 @@
 """`minimize`: starts, the coupled phase and the polish in one call."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,15 +22,25 @@ from pranam_optax.fitting._coordinates import (
     draw_around,
     make_coordinates,
     parse_bounds,
+    working_dtype,
 )
+from pranam_optax.fitting._mesh import with_auto_axes
 from pranam_optax.fitting._polish import Function, Polish, check_count, second_order
 from pranam_optax.fitting._result import MinimizeResult
-from pranam_optax.fitting._trace import call, scalar_function, trace, vector_function
+from pranam_optax.fitting._trace import (
+    call,
+    scalar_function,
+    standard_promotion,
+    trace,
+    vector_function,
+)
 
 # Random starts tried per replica, to replace those where the function is not finite.
 _TRIES = 4
 # Largest number of chunks that the coupled phase is cut into for callbacks.
 _NUM_CHUNKS = 20
+# In scales from the starts: where a function that still falls has no minimum.
+_FAR = 100.0
 
 
 class Progress(NamedTuple):
@@ -122,6 +133,7 @@ class _Carry(NamedTuple):
     best_values: jax.Array
 
 
+@with_auto_axes
 def minimize(
     fun: Callable[[PyTree], jax.Array],
     init: PyTree | Callable[[jax.Array], PyTree] | None,
@@ -153,7 +165,8 @@ def minimize(
     The whole run is one compiled program, cut into chunks for a callback or the
     progress bar. `fun` is traced at every call, so that it may use data that change
     from call to call; programs are compiled once for the same computation and shapes.
-    It may be called under `jax.jit` and `jax.vmap`.
+    It may be called under `jax.jit` and `jax.vmap`, where starts, bounds and data are
+    not checked for values that cannot be used.
 
     Args:
       fun: takes one model's params and returns a scalar.
@@ -213,12 +226,18 @@ def search(
     unit: jax.Array | float = 1.0,
 ) -> MinimizeResult:
     """Checks the arguments, then runs at once or in chunks."""
+    options = options._replace(
+        num_replicas=check_count(options.num_replicas, "num_replicas"),
+        num_steps=check_count(options.num_steps, "num_steps"),
+    )
     problem = _make_problem(fun, residuals, init, bounds, options, unit)
     if options.callback is None and not options.progress:
         result, start = call(_run, problem, jnp.arange(options.num_steps))
         _check_start(start, problem)
-        return result
-    return _run_in_chunks(problem, options)
+    else:
+        result = _run_in_chunks(problem, options)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(problem))
+    return dataclasses.replace(result, checked=not traced)
 
 
 def _make_problem(
@@ -229,8 +248,6 @@ def _make_problem(
     options: Options,
     unit: jax.Array | float,
 ) -> _Problem:
-    check_count(options.num_replicas, "num_replicas")
-    check_count(options.num_steps, "num_steps")
     if not (options.polish is None or callable(options.polish)):
         raise ValueError(
             "polish must be a function such as fitting.lbfgs(), or None, got "
@@ -239,18 +256,20 @@ def _make_problem(
     key = as_key(options.key)
     first, draw, box = _make_starts(init, bounds, key)
     params = box.low
-    optimizer_init, optimizer_update = _make_optimizer(params, options)
+    with standard_promotion():
+        coupling = _make_coupling(options)
+        optimizer_init, optimizer_update = _make_optimizer(params, options)
     return _Problem(
         _make_function(fun, params),
         residuals and vector_function(residuals, params),
         draw,
         first,
         box,
-        _make_coupling(options),
+        coupling,
         optimizer_init,
         optimizer_update,
         key,
-        jnp.asarray(unit, compute_dtype(*jax.tree.leaves(params))),
+        jnp.asarray(unit, working_dtype()),
         _Sizes(options.num_replicas, options.polish),
     )
 
@@ -286,7 +305,7 @@ def _make_function(fun: Function, params: PyTree) -> Partial:
         )
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"fun must return a real float, but it returns {value.dtype}")
-    dtype = compute_dtype(*jax.tree.leaves(params))
+    dtype = working_dtype()
     return scalar_function(lambda p: jnp.asarray(fun(p)).astype(dtype), params)
 
 
@@ -314,7 +333,7 @@ def _make_optimizer(params: PyTree, options: Options) -> tuple[Partial, Partial]
     if optimizer is None:
         optimizer = optax.adam(optax.cosine_decay_schedule(0.03, options.num_steps))
     tx = optax.with_extra_args_support(optimizer)
-    dtype = compute_dtype(*jax.tree.leaves(params))
+    dtype = working_dtype()
     z = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((options.num_replicas, *x.shape), dtype), params
     )
@@ -403,7 +422,7 @@ def _finish(
     problem: _Problem, start: _Start, carry: _Carry, history: jax.Array
 ) -> MinimizeResult:
     """Polishes, and gathers what was found."""
-    coordinates, sizes = start.coordinates, problem.sizes
+    coordinates, sizes, unit = start.coordinates, problem.sizes, problem.unit
 
     def within(function: Function) -> Function:
         return lambda z: function(coordinates.to_params(z))
@@ -425,10 +444,16 @@ def _finish(
     by_replica = values.reshape(-1, sizes.num_replicas)
     lowest = jnp.argsort(by_replica, axis=0)[0]  # NaN sorts last
     index = lowest * sizes.num_replicas + jnp.arange(sizes.num_replicas)
-    params = jax.vmap(coordinates.to_params)(
-        jax.tree.map(lambda x: x[index], candidates)
-    )
-    values, unit = values[index], problem.unit
+    z, values = jax.tree.map(lambda x: x[index], (candidates, values))
+    unbounded = _falls(fun, coordinates, best_replica(z, values))
+    params = jax.vmap(coordinates.to_params)(z)
+    if problem.first is not None:
+        # The user's start itself: its coordinates may lie beside a bound.
+        value = problem.fun(problem.first)
+        better = jnp.zeros_like(values, bool).at[0].set(value < values[0])
+        params = jax.vmap(optax.tree.where, (0, None, 0))(better, problem.first, params)
+        values = jnp.where(better, value, values)
+        num_evaluations += 1
     return MinimizeResult(
         params=best_replica(params, values),
         value=jnp.sort(values)[0] * unit,
@@ -437,8 +462,22 @@ def _finish(
         scale=coordinates.scale,
         history=history * unit,
         start_values=start.values * unit,
-        num_evaluations=num_evaluations,
+        num_evaluations=num_evaluations + 1,
+        unbounded=unbounded,
     )
+
+
+def _falls(fun: Function, coordinates: Coordinates, z: PyTree) -> jax.Array:
+    """Whether a point is far from the starts, and the function lower twice as far."""
+
+    def unboxed(low: jax.Array, high: jax.Array, z: jax.Array) -> jax.Array:
+        return jnp.where(jnp.isfinite(low) & jnp.isfinite(high), 0.0, z)
+
+    distance = jax.tree.map(unboxed, *coordinates.bounds, z)
+    value, further = fun(z), fun(optax.tree.add(z, distance))
+    far = optax.tree.norm(distance, ord="inf") > _FAR
+    falls = further < value - 1e-5 * jnp.abs(value)
+    return (far & falls) | (value == -jnp.inf)
 
 
 def _run(problem: _Problem, steps: jax.Array) -> tuple[MinimizeResult, _Start]:

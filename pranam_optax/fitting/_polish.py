@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pranam_optax._per_replica import per_replica
 from pranam_optax._replicas import replica_value_and_grad
-from pranam_optax._tree import PyTree
+from pranam_optax._tree import PyTree, compute_dtype, largest_magnitudes
 
 Function = Callable[[PyTree], jax.Array]
 
@@ -75,14 +76,19 @@ class _LBFGS(_Polish):
         self, fun: Function, residuals: Function | None, params: PyTree
     ) -> Polished:
         tx = per_replica(optax.lbfgs())
-        grad_fn = replica_value_and_grad(fun)
+        unit = _typical_slope(fun, params)
+
+        def scaled(params: PyTree) -> jax.Array:
+            return fun(params) / unit
+
+        grad_fn = replica_value_and_grad(scaled)
         state = tx.init(params)
 
         def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             count, params, state, evaluations, last, _ = carry
             values, grads = grad_fn(params)
             updates, state = tx.update(
-                grads, state, params, values=values, grad=grads, value_fn=fun
+                grads, state, params, values=values, grad=grads, value_fn=scaled
             )
             searches = optax.tree.get(state, "num_linesearch_steps")
             gained = last - values > 4 * jnp.finfo(values.dtype).eps * jnp.abs(values)
@@ -94,12 +100,26 @@ class _LBFGS(_Polish):
             count, *_, gained = carry
             return (count < self.max_steps) & gained
 
-        values = jax.vmap(fun)(params)
+        values = jax.vmap(scaled)(params)
         zeros = jnp.zeros(values.shape, jnp.int32)
         last = jnp.full_like(values, jnp.inf)
         carry = (0, params, state, zeros, last, jnp.array(True))
         _, params, _, evaluations, _, _ = jax.lax.while_loop(unfinished, step, carry)
         return Polished(params, evaluations)
+
+
+def _typical_slope(fun: Function, params: PyTree) -> jax.Array:
+    """The size of the replicas' gradients: in units of it, no tolerance is absolute."""
+    _, grads = replica_value_and_grad(fun)(params)
+    largest = largest_magnitudes(grads, compute_dtype(*jax.tree.leaves(grads)))
+    usable = jnp.isfinite(largest) & (largest > 0)
+    typical = jnp.nanmedian(jnp.where(usable, largest, jnp.nan))
+    return jnp.where(jnp.isfinite(typical), power_of_two(typical), 1.0)
+
+
+def power_of_two(x: jax.Array) -> jax.Array:
+    """The next power of two, division by which is exact."""
+    return jnp.ldexp(jnp.ones_like(x), jnp.frexp(x)[1])
 
 
 class _LevenbergMarquardt(_Polish):
@@ -143,7 +163,9 @@ class _LevenbergMarquardt(_Polish):
         return jax.vmap(refine)(params)
 
 
-def check_count(value: Any, name: str) -> None:
+def check_count(value: Any, name: str) -> int:
     """Checks a number of steps or replicas."""
-    if not isinstance(value, int) or value < 1:
+    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not integer or value < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return int(value)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import html
+import pickle
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +58,10 @@ class MinimizeResult:
       start_values: values at all random starts tried, `[N]`; NaN or infinite where the
         start failed.
       num_evaluations: of `fun`, with or without its gradient or Jacobian.
+      unbounded: whether the best params are far from the starts and the function is
+        lower still twice as far, so that it may have no minimum.
+      checked: whether starts, bounds and data were checked. Under `jax.jit` and
+        `jax.vmap` they are not, and what cannot be used gives NaN.
     """
 
     params: PyTree
@@ -67,6 +72,8 @@ class MinimizeResult:
     history: jax.Array
     start_values: jax.Array
     num_evaluations: jax.Array
+    unbounded: jax.Array
+    checked: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @functools.cached_property
     def minima(self) -> list[Minimum]:
@@ -110,12 +117,13 @@ class MinimizeResult:
 
     @property
     def confirmed(self) -> bool:
-        """Whether at least two replicas ended in the best minimum.
+        """Whether at least two replicas ended in the best minimum, and there is one.
 
         Coupled replicas are drawn together, so this is weak evidence: repeat with
         another `key`, and once with `coupling=0.0`, before you trust it.
         """
-        return bool(self.minima) and self.minima[0].num_replicas > 1
+        alone = not self.minima or self.minima[0].num_replicas == 1
+        return not (alone or self.unbounded)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python and NumPy: what was found, without the history."""
@@ -138,7 +146,8 @@ class MinimizeResult:
     def table(self) -> dict[str, list[float]]:
         """One row per replica, sorted by value, as columns.
 
-        `pandas.DataFrame(result.table())` makes a data frame of it.
+        `pandas.DataFrame(result.table())` makes a data frame of it. A parameter called
+        like another column gets the prefix "params.".
         """
         check_single(self.value)
         order = np.argsort(np.asarray(self.replica_values), kind="stable")
@@ -151,8 +160,11 @@ class MinimizeResult:
             "value": np.asarray(self.replica_values)[order].tolist(),
             "minimum": [minimum_of.get(r, -1) for r in order.tolist()],
         }
-        names = _parameter_names(self.params)
-        return columns | dict(zip(names, matrix.T.tolist(), strict=True))
+        for name, column in zip(
+            _parameter_names(self.params), matrix.T.tolist(), strict=True
+        ):
+            columns[f"params.{name}" if name in columns else name] = column
+        return columns
 
     def plot(self) -> Any:
         """Loss curves and the minima found, as a Matplotlib figure."""
@@ -168,6 +180,10 @@ class MinimizeResult:
             "distinct minima": str(len(self.minima)),
             "evaluations": str(int(self.num_evaluations)),
         }
+        if self.unbounded:
+            summary["warning"] = "the function falls without end towards these params"
+        if not self.checked:
+            summary["note"] = "found under jit or vmap, where values are not checked"
         names = _parameter_names(self.params)
         cells = [f"{x:.8g}" for x in _as_matrix(_add_axis(self.params))[0]]
         return _Report(summary, {"parameter": names, "value": cells})
@@ -215,6 +231,7 @@ class FitResult:
     replica_values = property(lambda self: self.search.replica_values)
     history = property(lambda self: self.search.history)
     num_evaluations = property(lambda self: self.search.num_evaluations)
+    checked = property(lambda self: self.search.checked)
 
     def predict(self, x: PyTree) -> jax.Array:
         """The model's output at the best params."""
@@ -251,6 +268,17 @@ class FitResult:
         """Loss curves, minima, and the fit with residuals, as a Matplotlib figure."""
         check_single(self.value)
         return plot_fit(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        try:
+            pickle.dumps(self.model)
+        except Exception as error:
+            raise TypeError(
+                f"this FitResult holds the model {self.model.func!r}, which cannot be "
+                "pickled: define the model at the top level of a module, or save "
+                "result.search and result.to_dict()"
+            ) from error
+        return self.__dict__
 
     def _report(self) -> "_Report":
         summary, table = self.search._report()

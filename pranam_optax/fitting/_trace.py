@@ -1,5 +1,6 @@
 """Functions as data: a program that compares by what it computes, and its numbers."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.tree_util import Partial
 
-from pranam_optax._tree import PyTree
+from pranam_optax._tree import PyTree, scale
 
 # Compiled programs that are kept; the one that was not used for longest is dropped.
 _NUM_CACHED = 32
@@ -73,9 +74,7 @@ def scalar_function(fun: Callable[[PyTree], jax.Array], params: PyTree) -> Parti
 
 def _scalar(value: Partial, value_and_grad: Partial, params: PyTree) -> jax.Array:
     fun = jax.custom_vjp(value)
-    fun.defvjp(
-        value_and_grad, lambda grads, ct: (jax.tree.map(lambda g: ct * g, grads),)
-    )
+    fun.defvjp(value_and_grad, lambda grads, factor: (scale(factor, grads),))
     return fun(params)
 
 
@@ -91,9 +90,17 @@ def _vector(value: Partial, jvp: Partial, params: PyTree) -> jax.Array:
     return fun(params)
 
 
+@contextlib.contextmanager
+def standard_promotion() -> Iterator[None]:
+    """For Optax and Optimistix, which are not clean under strict promotion."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def call(fun: Callable[..., Any], *args: PyTree) -> Any:
     """fun(*args), compiled once for arguments of the same structure and shapes."""
-    return _compiled(fun, jax.tree.structure(args))(*args)
+    with standard_promotion():
+        return _compiled(fun, jax.tree.structure(args))(*args)
 
 
 @functools.lru_cache(_NUM_CACHED)
