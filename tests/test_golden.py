@@ -150,7 +150,11 @@ def test_trajectory_is_that_of_before(case):
     for name, actual in CASES[case]().items():
         expected = stored[f"{case}/{name}"]
         size = np.nanmax(np.abs(expected))
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * size)
+        # The coupled phase of this one multiplies rounding errors by a hundred.
+        tolerance = 1e-4 if case == "minimize" else 1e-5
+        np.testing.assert_allclose(
+            actual, expected, rtol=tolerance, atol=tolerance * size
+        )
 
 
 if __name__ == "__main__":

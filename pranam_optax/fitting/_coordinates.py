@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from pranam_optax._tree import PyTree, leaf_dtype
+from pranam_optax._tree import PyTree, is_traced, leaf_dtype
 
 # How far inside the box a start lies at least, in parts of the half-width or scale: on
 # a bound itself the transform is stationary.
@@ -261,7 +261,7 @@ def _check_pair(where: str, pair: Any) -> None:
 
 def _check_order(where: str, pair: Any, dtype: jnp.dtype) -> None:
     """Checks that bounds leave a width that the dtype can hold."""
-    if not _concrete(*pair):
+    if is_traced(pair):
         return
     low, high = exact = [np.asarray(side) for side in pair]
     if not np.all(low < high):
@@ -301,7 +301,7 @@ def check_within(params: PyTree, bounds: Bounds, name: str) -> None:
     """Checks that params, of one model or stacked, are finite and within bounds."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, x), a, b in zip(leaves, *map(jax.tree.leaves, bounds), strict=True):
-        if not _concrete(x, a, b):
+        if is_traced(x, a, b):
             continue
         bad = ~np.isfinite(np.asarray(x))
         if bad.any():
@@ -322,10 +322,6 @@ def _brief(x: Any) -> str:
     return np.array2string(np.asarray(x), precision=6, threshold=8, edgeitems=3)
 
 
-def _concrete(*values: Any) -> bool:
-    return not any(isinstance(x, jax.core.Tracer) for x in values)
-
-
 def _is_pair(node: Any) -> bool:
     return (
         isinstance(node, (tuple, list))
@@ -336,7 +332,7 @@ def _is_pair(node: Any) -> bool:
 
 def _shape_between(where: str, pair: Any) -> jax.ShapeDtypeStruct:
     _check_pair(where, pair)
-    if _concrete(*pair) and not all(np.all(np.isfinite(side)) for side in pair):
+    if not is_traced(pair) and not all(np.all(np.isfinite(side)) for side in pair):
         raise ValueError(
             f"without init, bounds must be finite; got {pair!r}. Pass init as well."
         )

@@ -10,7 +10,7 @@ import optax
 from jax.tree_util import Partial, keystr
 
 from pranam_optax._pranam import Coupling
-from pranam_optax._tree import PyTree, compute_dtype
+from pranam_optax._tree import PyTree, compute_dtype, is_traced
 from pranam_optax.fitting._coordinates import broadcasts_to, working_dtype
 from pranam_optax.fitting._mesh import with_auto_axes
 from pranam_optax.fitting._minimize import Callback, Options, search
@@ -172,7 +172,7 @@ def _check_data(
             f"sigma has shape {sigma.shape}, which does not broadcast to y's {y.shape}"
         )
     _check_entries(jnp.isfinite(sigma), "sigma", "must be finite")
-    if not isinstance(sigma, jax.core.Tracer) and not bool(jnp.all(sigma > 0)):
+    if not is_traced(sigma) and not bool(jnp.all(sigma > 0)):
         raise ValueError(
             f"sigma must be positive, but its least entry is {float(sigma.min())}"
         )
@@ -200,7 +200,7 @@ def _to_array(x: Any, name: str) -> jax.Array:
 
 
 def _check_entries(good: jax.Array, name: str, rule: str) -> None:
-    if isinstance(good, jax.core.Tracer) or bool(jnp.all(good)):
+    if is_traced(good) or bool(jnp.all(good)):
         return
     bad = np.argwhere(~np.asarray(good))
     raise ValueError(
@@ -268,7 +268,11 @@ def _statistics(
         e.reshape(x.shape)
         for e, x in zip(jnp.split(deviations, splits), leaves, strict=True)
     ]
-    return covariance, treedef.unflatten(errors), chi_square * jnp.square(unit)
+    return (
+        covariance,
+        jax.tree.unflatten(treedef, errors),
+        chi_square * jnp.square(unit),
+    )
 
 
 def _inverse_gram(jacobian: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from jax.tree_util import Partial, all_leaves
 
 from pranam_optax._pranam import Coupling, pranam
 from pranam_optax._replicas import as_key, best_replica, replicate
-from pranam_optax._tree import PyTree, compute_dtype, largest_magnitudes, scale
+from pranam_optax._tree import PyTree, check_count, is_traced, largest_magnitudes, scale
 from pranam_optax.fitting._coordinates import (
     Bounds,
     Coordinates,
@@ -25,7 +25,7 @@ from pranam_optax.fitting._coordinates import (
     working_dtype,
 )
 from pranam_optax.fitting._mesh import with_auto_axes
-from pranam_optax.fitting._polish import Function, Polish, check_count, second_order
+from pranam_optax.fitting._polish import Function, Polish, second_order
 from pranam_optax.fitting._result import MinimizeResult
 from pranam_optax.fitting._trace import (
     call,
@@ -236,8 +236,7 @@ def search(
         _check_start(start, problem)
     else:
         result = _run_in_chunks(problem, options)
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(problem))
-    return dataclasses.replace(result, checked=not traced)
+    return dataclasses.replace(result, checked=not is_traced(problem))
 
 
 def _make_problem(
@@ -362,7 +361,7 @@ def _begin(problem: _Problem) -> _Start:
 
 def _check_start(start: _Start, problem: _Problem) -> None:
     """Raises for starts that cannot be used, unless they are traced."""
-    if isinstance(start.values, jax.core.Tracer):
+    if is_traced(start.values):
         return
     check_within(start.params, problem.bounds, "init(key)")
     values = np.asarray(start.values)
@@ -414,7 +413,7 @@ def _advance(
 
 
 def _unit_gradients(grads: PyTree) -> PyTree:
-    largest = largest_magnitudes(grads, compute_dtype(*jax.tree.leaves(grads)))
+    largest = largest_magnitudes(grads)
     return scale(jnp.where(largest == 0, 1.0, 1 / largest), grads)
 
 
@@ -490,7 +489,7 @@ def _run(problem: _Problem, steps: jax.Array) -> tuple[MinimizeResult, _Start]:
 def _run_in_chunks(problem: _Problem, options: Options) -> MinimizeResult:
     """As `_run`, with the callback and the progress bar after each chunk."""
     start = call(_begin, problem)
-    if isinstance(start.values, jax.core.Tracer):
+    if is_traced(start.values):
         raise ValueError(
             "callback and progress cannot be used under jax.jit or jax.vmap: they run "
             "between compiled programs"

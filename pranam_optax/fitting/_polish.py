@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from pranam_optax._per_replica import per_replica
 from pranam_optax._replicas import replica_value_and_grad
-from pranam_optax._tree import PyTree, compute_dtype, largest_magnitudes
+from pranam_optax._tree import PyTree, check_count, largest_magnitudes
 
 Function = Callable[[PyTree], jax.Array]
 
@@ -111,7 +110,7 @@ class _LBFGS(_Polish):
 def _typical_slope(fun: Function, params: PyTree) -> jax.Array:
     """The size of the replicas' gradients: in units of it, no tolerance is absolute."""
     _, grads = replica_value_and_grad(fun)(params)
-    largest = largest_magnitudes(grads, compute_dtype(*jax.tree.leaves(grads)))
+    largest = largest_magnitudes(grads)
     usable = jnp.isfinite(largest) & (largest > 0)
     typical = jnp.nanmedian(jnp.where(usable, largest, jnp.nan))
     return jnp.where(jnp.isfinite(typical), power_of_two(typical), 1.0)
@@ -161,11 +160,3 @@ class _LevenbergMarquardt(_Polish):
             return Polished(solution.value, jnp.asarray(steps, jnp.int32))
 
         return jax.vmap(refine)(params)
-
-
-def check_count(value: Any, name: str) -> int:
-    """Checks a number of steps or replicas."""
-    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not integer or value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}")
-    return int(value)

@@ -116,17 +116,22 @@ def _inner(eqn: Any) -> ClosedJaxpr | None:
 
 def _lifted(x: Any) -> bool:
     """Whether a number in the code is an argument of the program."""
-    return isinstance(x, Literal) and jnp.issubdtype(x.aval.dtype, jnp.floating)
+    aval: Any = getattr(x, "aval", None)
+    return isinstance(x, Literal) and jnp.issubdtype(aval.dtype, jnp.floating)
 
 
 def _numbers(jaxpr: Jaxpr, consts: list[Any]) -> Iterator[Any]:
     """The numbers, in the order in which `_evaluate` asks for them."""
+
+    def literals(operands: Any) -> Iterator[np.ndarray]:
+        return (np.asarray(x.val, x.aval.dtype) for x in operands if _lifted(x))
+
     yield from consts
     for eqn in jaxpr.eqns:
-        yield from (np.asarray(x.val, x.aval.dtype) for x in eqn.invars if _lifted(x))
+        yield from literals(eqn.invars)
         if inner := _inner(eqn):
             yield from _numbers(inner.jaxpr, inner.consts)
-    yield from (np.asarray(x.val, x.aval.dtype) for x in jaxpr.outvars if _lifted(x))
+    yield from literals(jaxpr.outvars)
 
 
 def _evaluate(jaxpr: Jaxpr, numbers: Iterator[Any], args: list[Any]) -> list[Any]:
