@@ -12,7 +12,7 @@ import optax
 from jax.tree_util import Partial, all_leaves
 
 from pranam_optax._pranam import Coupling, pranam
-from pranam_optax._replicas import as_key, best_replica, replicate
+from pranam_optax._replicas import as_key
 from pranam_optax._tree import PyTree, check_count, is_traced, largest_magnitudes, scale
 from pranam_optax.fitting._coordinates import (
     Bounds,
@@ -75,39 +75,39 @@ class Options(NamedTuple):
     progress: bool
 
 
-@jax.tree_util.register_static
-class _Sizes(NamedTuple):
-    """What is compiled into a run besides functions and shapes."""
-
-    num_replicas: int
-    polish: Polish | None
-
-
 class _Problem(NamedTuple):
-    """What is minimised, where and how: a pytree of numbers, functions included.
+    """What is minimised: a pytree of numbers, functions included.
 
     Attributes:
       fun: the value at one model's params.
       residuals: of one model's params, if the value is the sum of their squares.
-      draw: a random start, for a key.
       first: the start that the user gave.
-      coupling: for a count of steps.
-      init: state of the optimizer, for stacked coordinates.
-      update: `(gradients, state, coordinates, values)` to updates and state.
       unit: what values are multiplied by when they are reported.
     """
 
     fun: Partial
     residuals: Partial | None
-    draw: Partial
     first: PyTree | None
-    bounds: Bounds
+    unit: jax.Array
+
+
+class _Method(NamedTuple):
+    """How the replicas move: a pytree of numbers, functions included.
+
+    Attributes:
+      key: of the embedding.
+      coupling: for a count of steps.
+      init: state of the optimizer, for stacked coordinates.
+      update: `(gradients, state, coordinates, values)` to updates and state.
+    """
+
+    key: jax.Array
     coupling: Partial
     init: Partial
     update: Partial
-    key: jax.Array
-    unit: jax.Array
-    sizes: _Sizes
+
+    def link(self) -> optax.GradientTransformationExtraArgs:
+        return pranam(coupling=self.coupling, key=self.key)
 
 
 class _Start(NamedTuple):
@@ -225,52 +225,36 @@ def search(
     options: Options,
     unit: jax.Array | float = 1.0,
 ) -> MinimizeResult:
-    """Checks the arguments, then runs at once or in chunks."""
+    """Checks the arguments, then runs the three phases."""
     options = options._replace(
         num_replicas=check_count(options.num_replicas, "num_replicas"),
         num_steps=check_count(options.num_steps, "num_steps"),
     )
-    problem = _make_problem(fun, residuals, init, bounds, options, unit)
-    if options.callback is None and not options.progress:
-        result, start = call(_run, problem, jnp.arange(options.num_steps))
-        _check_start(start, problem)
-    else:
-        result = _run_in_chunks(problem, options)
-    return dataclasses.replace(result, checked=not is_traced(problem))
-
-
-def _make_problem(
-    fun: Function,
-    residuals: Function | None,
-    init: PyTree | Callable[[jax.Array], PyTree] | None,
-    bounds: PyTree | None,
-    options: Options,
-    unit: jax.Array | float,
-) -> _Problem:
-    if not (options.polish is None or callable(options.polish)):
+    polish = options.polish
+    if not (polish is None or callable(polish)):
         raise ValueError(
             "polish must be a function such as fitting.lbfgs(), or None, got "
-            f"{options.polish!r}"
+            f"{polish!r}"
         )
-    key = as_key(options.key)
-    first, draw, box = _make_starts(init, bounds, key)
-    params = box.low
-    with standard_promotion():
-        coupling = _make_coupling(options)
-        optimizer_init, optimizer_update = _make_optimizer(params, options)
-    return _Problem(
-        _make_function(fun, params),
-        residuals and vector_function(residuals, params),
-        draw,
+    start_key, key = jax.random.split(as_key(options.key))
+    first, draw, box = _make_starts(init, bounds, start_key)
+    problem = _Problem(
+        _make_function(fun, box.low),
+        residuals and vector_function(residuals, box.low),
         first,
-        box,
-        coupling,
-        optimizer_init,
-        optimizer_update,
-        key,
         jnp.asarray(unit, working_dtype()),
-        _Sizes(options.num_replicas, options.polish),
     )
+    with standard_promotion():
+        optimizer = _make_optimizer(box.low, options)
+        method = _Method(key, _make_coupling(options), *optimizer)
+
+    keys = jax.random.split(start_key, _TRIES * options.num_replicas)
+    start = call(_begin, problem.fun, draw, first, box, keys)
+    _check_start(start, box)
+    carry = call(_start_carry, method, start)
+    carry, history = _explore(problem, method, start, carry, options)
+    result = call(_finish, problem, polish and Partial(polish), start, carry, history)
+    return dataclasses.replace(result, checked=not is_traced(start.values))
 
 
 def _make_starts(
@@ -345,25 +329,26 @@ def _make_optimizer(params: PyTree, options: Options) -> tuple[Partial, Partial]
     return init, update
 
 
-def _begin(problem: _Problem) -> _Start:
+def _begin(
+    fun: Partial, draw: Partial, first: PyTree | None, bounds: Bounds, keys: jax.Array
+) -> _Start:
     """Draws the starts, and replaces those where the function is not finite."""
-    num_replicas = problem.sizes.num_replicas
-    key, _ = jax.random.split(problem.key)
-    params = replicate(problem.draw, key, _TRIES * num_replicas)
-    if problem.first is not None:
-        params = jax.tree.map(lambda x, y: x.at[0].set(y), params, problem.first)
-    coordinates = make_coordinates(params, problem.bounds)
+    params = jax.vmap(draw)(keys)
+    if first is not None:
+        params = jax.tree.map(lambda x, y: x.at[0].set(y), params, first)
+    coordinates = make_coordinates(params, bounds)
     z = jax.vmap(coordinates.from_params)(params)
-    values = jax.vmap(lambda z: problem.fun(coordinates.to_params(z)))(z)
-    order = jnp.argsort(~jnp.isfinite(values), stable=True)[:num_replicas]
-    return _Start(coordinates, params, values, jax.tree.map(lambda x: x[order], z))
+    values = jax.vmap(lambda z: fun(coordinates.to_params(z)))(z)
+    finite_first = jnp.argsort(~jnp.isfinite(values), stable=True)
+    z = _pick(z, finite_first[: len(keys) // _TRIES])
+    return _Start(coordinates, params, values, z)
 
 
-def _check_start(start: _Start, problem: _Problem) -> None:
+def _check_start(start: _Start, bounds: Bounds) -> None:
     """Raises for starts that cannot be used, unless they are traced."""
     if is_traced(start.values):
         return
-    check_within(start.params, problem.bounds, "init(key)")
+    check_within(start.params, bounds, "init(key)")
     values = np.asarray(start.values)
     if not np.isfinite(values).any():
         example = jax.tree.map(lambda x: np.asarray(x[0]).tolist(), start.params)
@@ -374,28 +359,59 @@ def _check_start(start: _Start, problem: _Problem) -> None:
         )
 
 
-def _link(problem: _Problem) -> optax.GradientTransformationExtraArgs:
-    _, key = jax.random.split(problem.key)
-    return pranam(coupling=problem.coupling, key=key)
+def _start_carry(method: _Method, start: _Start) -> _Carry:
+    params = jax.vmap(start.coordinates.to_params)(start.z)
+    states = method.link().init(start.z), method.init(start.z)
+    values = jnp.full(len(start.values) // _TRIES, jnp.inf, start.values.dtype)
+    return _Carry(start.z, params, states, start.z, values)
 
 
-def _start_carry(problem: _Problem, start: _Start) -> _Carry:
-    return _Carry(
-        start.z,
-        jax.vmap(start.coordinates.to_params)(start.z),
-        (_link(problem).init(start.z), problem.init(start.z)),
-        start.z,
-        jnp.full(problem.sizes.num_replicas, jnp.inf, start.values.dtype),
-    )
+def _explore(
+    problem: _Problem,
+    method: _Method,
+    start: _Start,
+    carry: _Carry,
+    options: Options,
+) -> tuple[_Carry, jax.Array]:
+    """The coupled phase, in chunks if somebody watches."""
+    total, callback = options.num_steps, options.callback
+    watched = callback is not None or options.progress
+    if watched and is_traced(start.values):
+        raise ValueError(
+            "callback and progress cannot be used under jax.jit or jax.vmap: they run "
+            "between compiled programs"
+        )
+    length = -(-total // _NUM_CHUNKS) if watched else total
+    history = []
+    with _progress_bar(total) if options.progress else contextlib.nullcontext() as bar:
+        for step in range(0, total, length):
+            steps = jnp.arange(step, min(step + length, total))
+            carry, values = call(
+                _advance, problem.fun, method, start.coordinates, carry, steps
+            )
+            history.append(values)
+            best = carry.best_values * problem.unit
+            if bar is not None:
+                bar.update(len(steps))
+                bar.set_postfix(value=f"{float(jnp.nanmin(best)):.6g}")
+            params = jax.vmap(start.coordinates.to_params)(carry.best_z)
+            progress = Progress(step + len(steps), total, params, best)
+            if callback is not None and callback(progress):
+                break
+    return carry, jnp.concatenate(history)
 
 
 def _advance(
-    problem: _Problem, start: _Start, carry: _Carry, steps: jax.Array
+    fun: Partial,
+    method: _Method,
+    coordinates: Coordinates,
+    carry: _Carry,
+    steps: jax.Array,
 ) -> tuple[_Carry, jax.Array]:
     """The coupled phase for as many steps, and the values before each."""
-    link = _link(problem)
-    to_params = jax.vmap(start.coordinates.to_params)
-    grad_fn = jax.vmap(jax.value_and_grad(problem.fun))
+    link = method.link()
+    to_params = jax.vmap(coordinates.to_params)
+    grad_fn = jax.vmap(jax.value_and_grad(fun))
 
     def step(carry: _Carry, _: jax.Array) -> tuple[_Carry, jax.Array]:
         values, grads = grad_fn(carry.params)
@@ -405,7 +421,7 @@ def _advance(
         best_values = jnp.where(lower, values, carry.best_values)
         # Each replica counts the same, however steep its part of the landscape.
         updates, coupled = link.update(_unit_gradients(grads), carry.states[0], carry.z)
-        updates, state = problem.update(updates, carry.states[1], carry.z, values)
+        updates, state = method.update(updates, carry.states[1], carry.z, values)
         z = optax.apply_updates(carry.z, updates)
         return _Carry(z, to_params(z), (coupled, state), best_z, best_values), values
 
@@ -418,10 +434,14 @@ def _unit_gradients(grads: PyTree) -> PyTree:
 
 
 def _finish(
-    problem: _Problem, start: _Start, carry: _Carry, history: jax.Array
+    problem: _Problem,
+    polish: Partial | None,
+    start: _Start,
+    carry: _Carry,
+    history: jax.Array,
 ) -> MinimizeResult:
     """Polishes, and gathers what was found."""
-    coordinates, sizes, unit = start.coordinates, problem.sizes, problem.unit
+    coordinates, unit = start.coordinates, problem.unit
 
     def within(function: Function) -> Function:
         return lambda z: function(coordinates.to_params(z))
@@ -430,9 +450,9 @@ def _finish(
     residuals = problem.residuals and within(problem.residuals)
     num_evaluations = jnp.asarray(len(start.values) + history.size, jnp.int32)
     groups = [carry.z, carry.best_z, start.z]
-    if sizes.polish is not None:
+    if polish is not None:
         ends = jax.tree.map(lambda *x: jnp.concatenate(x), carry.best_z, start.z)
-        polished = sizes.polish(fun, residuals, ends)
+        polished = polish(fun, residuals, ends)
         num_evaluations += jnp.sum(polished.num_evaluations)
         groups.append(polished.params)
     candidates = jax.tree.map(lambda *x: jnp.concatenate(x), *groups)
@@ -440,11 +460,11 @@ def _finish(
     num_evaluations += len(values)
 
     # Of its candidates, each replica keeps the lowest.
-    by_replica = values.reshape(-1, sizes.num_replicas)
-    lowest = jnp.argsort(by_replica, axis=0)[0]  # NaN sorts last
-    index = lowest * sizes.num_replicas + jnp.arange(sizes.num_replicas)
-    z, values = jax.tree.map(lambda x: x[index], (candidates, values))
-    unbounded = _falls(fun, coordinates, best_replica(z, values))
+    num_replicas = history.shape[1]
+    lowest = _lowest(values.reshape(-1, num_replicas))
+    index = lowest * num_replicas + jnp.arange(num_replicas)
+    z, values = _pick((candidates, values), index)
+    unbounded = _falls(fun, coordinates, _pick(z, _lowest(values)))
     params = jax.vmap(coordinates.to_params)(z)
     if problem.first is not None:
         # The user's start itself: its coordinates may lie beside a bound.
@@ -453,9 +473,10 @@ def _finish(
         params = jax.vmap(optax.tree.where, (0, None, 0))(better, problem.first, params)
         values = jnp.where(better, value, values)
         num_evaluations += 1
+    best = _lowest(values)
     return MinimizeResult(
-        params=best_replica(params, values),
-        value=jnp.sort(values)[0] * unit,
+        params=_pick(params, best),
+        value=values[best] * unit,
         replica_params=params,
         replica_values=values * unit,
         scale=coordinates.scale,
@@ -464,6 +485,15 @@ def _finish(
         num_evaluations=num_evaluations + 1,
         unbounded=unbounded,
     )
+
+
+def _lowest(values: jax.Array) -> jax.Array:
+    """Where the lowest value is along axis 0; NaN never wins."""
+    return jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values), axis=0)
+
+
+def _pick(tree: PyTree, index: jax.Array) -> PyTree:
+    return jax.tree.map(lambda x: x[index], tree)
 
 
 def _falls(fun: Function, coordinates: Coordinates, z: PyTree) -> jax.Array:
@@ -477,42 +507,6 @@ def _falls(fun: Function, coordinates: Coordinates, z: PyTree) -> jax.Array:
     far = optax.tree.norm(distance, ord="inf") > _FAR
     falls = further < value - 1e-5 * jnp.abs(value)
     return (far & falls) | (value == -jnp.inf)
-
-
-def _run(problem: _Problem, steps: jax.Array) -> tuple[MinimizeResult, _Start]:
-    start = _begin(problem)
-    carry = _start_carry(problem, start)
-    carry, history = _advance(problem, start, carry, steps)
-    return _finish(problem, start, carry, history), start
-
-
-def _run_in_chunks(problem: _Problem, options: Options) -> MinimizeResult:
-    """As `_run`, with the callback and the progress bar after each chunk."""
-    start = call(_begin, problem)
-    if is_traced(start.values):
-        raise ValueError(
-            "callback and progress cannot be used under jax.jit or jax.vmap: they run "
-            "between compiled programs"
-        )
-    _check_start(start, problem)
-    carry = call(_start_carry, problem, start)
-    history = []
-    total = options.num_steps
-    length = -(-total // _NUM_CHUNKS)
-    with _progress_bar(total) if options.progress else contextlib.nullcontext() as bar:
-        for step in range(0, total, length):
-            steps = jnp.arange(step, min(step + length, total))
-            carry, values = call(_advance, problem, start, carry, steps)
-            history.append(values)
-            params = jax.vmap(start.coordinates.to_params)(carry.best_z)
-            values = carry.best_values * problem.unit
-            if bar is not None:
-                bar.update(len(steps))
-                bar.set_postfix(value=f"{float(jnp.nanmin(values)):.6g}")
-            progress = Progress(step + len(steps), total, params, values)
-            if options.callback is not None and options.callback(progress):
-                break
-    return call(_finish, problem, start, carry, jnp.concatenate(history))
 
 
 def _progress_bar(total: int) -> Any:

@@ -59,7 +59,8 @@ class _Polish:
     max_steps: int
 
     def __post_init__(self) -> None:
-        check_count(self.max_steps, "max_steps")
+        steps = check_count(self.max_steps, "max_steps")
+        object.__setattr__(self, "max_steps", steps)
 
 
 class _SecondOrder(_Polish):
