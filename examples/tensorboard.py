@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import flax_mnist
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class Record(NamedTuple):
 
 def load(data_dir: Path | None) -> tuple[jax.Array, jax.Array]:
     """Training images and digits, or random images about ten centres."""
-    if data_dir is not None or flax_mnist.SHARED.is_dir():
+    if data_dir is not None or (datasets.SHARED / "mnist").is_dir():
         data = flax_mnist.load_mnist(data_dir)
         return data.train_x, data.train_y
     print("no MNIST here: random images in its place")
