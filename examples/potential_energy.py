@@ -156,16 +156,23 @@ def study(fit: Fit, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         "fit": rmse([r.value for r in results]),
         "one start of LM": rmse(starts.values),
     }
-    for peer in (peers.differential_evolution, peers.dual_annealing):
+    for peer in ("differential evolution", "dual annealing"):
         ends = [
-            peer(residuals, fit.low, fit.high, num_evaluations=budget, seed=seed)[0]
+            peers.search(
+                peer,
+                lambda p: jnp.sum(residuals(p) ** 2),
+                fit.low,
+                fit.high,
+                num_evaluations=budget,
+                seed=seed,
+            ).params
             for seed in range(args.peer_seeds)
         ]
         if ends:
             polished = peers.refine(
                 residuals, fit.low, fit.high, np.stack(ends), max_steps=1000
             )
-            errors[peer.__name__.replace("_", " ")] = rmse(polished.values)
+            errors[peer] = rmse(polished.values)
     best = results[int(np.argmin(errors["fit"]))]
     return {
         "errors": errors,

@@ -1,29 +1,24 @@
 """What replicas on several devices communicate, and what that takes.
 
-    python examples/benchmarks/study.py --methods normalised pranam "every *" \\
-        --problems "* 30 rotated" polynomial "tanh 4-5-1" --output every.json
-    python examples/benchmarks/devices.py --study every.json
+    python examples/benchmarks/devices.py
 
 Reads from the compiled program of an update on 1 to 8 devices how many bytes it sums
 over devices and in how many sums, and compares them with the model
 
     bytes = (K + 2) n
-    time = (bytes / bandwidth 2 (d - 1) / d + sums latency 2 log2(d)) / k
+    time = bytes / bandwidth 2 (d - 1) / d + sums latency 2 log2(d)
 
-for n bytes of params of a model, d devices and `projection_every=k` (a ring for the
-bytes, a tree for the latency). The rest is extrapolated with it. With `--study`, also
-the losses that `projection_every` leads to.
+for n bytes of params of a model and d devices (a ring for the bytes, a tree for the
+latency). The times of other networks are extrapolated with it.
 """
 
 import argparse
-import json
 import math
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import report
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pranam_optax
 
@@ -67,7 +62,7 @@ def collectives(hlo: str) -> list[tuple[str, int]]:
 def compile_update(tx: Any, params: Any, num_devices: int) -> str:
     """HLO of an update whose replicas are spread over so many devices."""
     mesh = jax.make_mesh((num_devices,), ("replicas",))
-    params = pranam_optax.shard_replicas(params, mesh)
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec("replicas")))
     state = jax.jit(tx.init)(params)
     compiled = jax.jit(tx.update).lower(params, state, params).compile()
     return compiled.as_text() or ""
@@ -84,18 +79,19 @@ def measure(sizes: tuple[int, ...], num_replicas: int, num_devices: int) -> Traf
     return Traffic(sum(nbytes for _, nbytes in found), len(found))
 
 
-def seconds(network: Network, traffic: Traffic, num_devices: int, every: int) -> float:
+def seconds(network: Network, traffic: Traffic, num_devices: int) -> float:
     """Communication per update, by the model."""
     ring = 2 * (num_devices - 1) / num_devices
     tree = 2 * math.ceil(math.log2(num_devices))
-    once = ring * traffic.nbytes / network.bandwidth
-    return (once + tree * traffic.sums * network.latency) / every
+    return (
+        ring * traffic.nbytes / network.bandwidth
+        + tree * traffic.sums * network.latency
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer devices")
-    parser.add_argument("--study", type=Path, help="results of study.py")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
 
@@ -115,25 +111,14 @@ def main() -> None:
 
     num_params = 1_000_000
     traffic = Traffic((WIDTH + 2) * 4 * num_params, traffic.sums)
-    print(f"\n{traffic.nbytes / 1e6:.0f} MB in {traffic.sums} sums per projection of a")
-    print(
-        "model of 1 M params, 10 replicas on each device; communication per update:\n"
-    )
-    print("| network | replicas | devices | k = 1 | k = 4 | k = 16 | k = 64 |")
-    print("| --- |" + " --- |" * 6)
+    print(f"\n{traffic.nbytes / 1e6:.0f} MB in {traffic.sums} sums per update of a")
+    print("model of 1 M params, 10 replicas on each device; communication takes:\n")
+    print("| network | replicas | devices | time |\n| --- | --- | --- | --- |")
     for name, network in NETWORKS.items():
         for num_devices in (8, 100, 1000):
-            times = [
-                f"{1e3 * seconds(network, traffic, num_devices, every):.3g} ms"
-                for every in (1, 4, 16, 64)
-            ]
-            row = name, f"{10 * num_devices:,}", f"{num_devices:,}", *times
+            taken = f"{1e3 * seconds(network, traffic, num_devices):.3g} ms"
+            row = name, f"{10 * num_devices:,}", f"{num_devices:,}", taken
             print("| " + " | ".join(row) + " |")
-    if args.study:
-        cells = report.read(json.loads(args.study.read_text()))
-        methods = "normalised", "pranam", "every 4", "every 16", "every 64"
-        for kind in dict.fromkeys(cell.kind for cell in cells.values()):
-            print(f"\n{report.cell_table(cells, kind, methods)}")
 
 
 if __name__ == "__main__":
