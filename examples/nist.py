@@ -125,7 +125,7 @@ def study(
             peers.polish(
                 residuals,
                 peers.search(
-                    peer, rss, low, high, num_evaluations=budget, seed=seed
+                    peers.PEERS[peer], rss, low, high, num_evaluations=budget, seed=seed
                 ).params,
             )
             for seed in range(args.peer_seeds)

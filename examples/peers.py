@@ -250,7 +250,7 @@ class Found(NamedTuple):
 
 
 def search(
-    name: str,
+    peer: Peer,
     fun: Fun,
     low: np.ndarray,
     high: np.ndarray,
@@ -266,7 +266,7 @@ def search(
 
     counter = Counter(scaled, num_evaluations, gradient_cost)
     with np.errstate(all="ignore"), contextlib.suppress(BudgetSpentError):
-        PEERS[name](counter, len(low), seed)
+        peer(counter, len(low), seed)
     params = low + counter.where * (high - low)
     return Found(params, counter.best, num_evaluations - counter.left)
 

@@ -159,7 +159,7 @@ def study(fit: Fit, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     for peer in ("differential evolution", "dual annealing"):
         ends = [
             peers.search(
-                peer,
+                peers.PEERS[peer],
                 lambda p: jnp.sum(residuals(p) ** 2),
                 fit.low,
                 fit.high,

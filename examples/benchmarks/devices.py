@@ -1,15 +1,10 @@
-"""What replicas on several devices communicate, and what that takes.
+"""What replicas that are spread over devices communicate.
 
     python examples/benchmarks/devices.py
 
 Reads from the compiled program of an update on 1 to 8 devices how many bytes it sums
-over devices and in how many sums, and compares them with the model
-
-    bytes = (K + 2) n
-    time = bytes / bandwidth 2 (d - 1) / d + sums latency 2 log2(d)
-
-for n bytes of params of a model and d devices (a ring for the bytes, a tree for the
-latency). The times of other networks are extrapolated with it.
+over devices and in how many sums, and compares them with (K + 2) n for n bytes of
+params of a model.
 """
 
 import argparse
@@ -31,18 +26,6 @@ class Traffic(NamedTuple):
 
     nbytes: int
     sums: int
-
-
-class Network(NamedTuple):
-    bandwidth: float  # bytes per second
-    latency: float  # seconds
-
-
-NETWORKS = {
-    "NVLink, 100 GB/s, 5 us": Network(100e9, 5e-6),
-    "data centre, 10 Gbit/s, 50 us": Network(1.25e9, 50e-6),
-    "office, 1 Gbit/s, 500 us": Network(0.125e9, 500e-6),
-}
 
 
 def collectives(hlo: str) -> list[tuple[str, int]]:
@@ -79,16 +62,6 @@ def measure(sizes: tuple[int, ...], num_replicas: int, num_devices: int) -> Traf
     return Traffic(sum(nbytes for _, nbytes in found), len(found))
 
 
-def seconds(network: Network, traffic: Traffic, num_devices: int) -> float:
-    """Communication per update, by the model."""
-    ring = 2 * (num_devices - 1) / num_devices
-    tree = 2 * math.ceil(math.log2(num_devices))
-    return (
-        ring * traffic.nbytes / network.bandwidth
-        + tree * traffic.sums * network.latency
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer devices")
@@ -108,17 +81,6 @@ def main() -> None:
             f"| {num_devices} | {num_replicas} | {traffic.sums} | {traffic.nbytes:,} "
             f"| {model:,} |"
         )
-
-    num_params = 1_000_000
-    traffic = Traffic((WIDTH + 2) * 4 * num_params, traffic.sums)
-    print(f"\n{traffic.nbytes / 1e6:.0f} MB in {traffic.sums} sums per update of a")
-    print("model of 1 M params, 10 replicas on each device; communication takes:\n")
-    print("| network | replicas | devices | time |\n| --- | --- | --- | --- |")
-    for name, network in NETWORKS.items():
-        for num_devices in (8, 100, 1000):
-            taken = f"{1e3 * seconds(network, traffic, num_devices):.3g} ms"
-            row = name, f"{10 * num_devices:,}", f"{num_devices:,}", taken
-            print("| " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":

@@ -25,39 +25,6 @@ class Optimizer(NamedTuple):
     proportional: bool = False
 
 
-class LookaheadState(NamedTuple):
-    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
-    slow: Any
-    inner: Any
-
-
-def lookahead(
-    inner: optax.GradientTransformation, period: int = 6, pace: float = 0.5
-) -> optax.GradientTransformation:
-    """As `optax.lookahead`, but for plain params, so that it may follow any link.
-
-    References:
-      M. Zhang, J. Lucas, G. Hinton, J. Ba, `Lookahead optimizer: k steps forward, 1
-      step back <https://arxiv.org/abs/1907.08610>`_, 2019.
-    """
-
-    def init(params: Any) -> LookaheadState:
-        slow = jax.tree.map(jnp.copy, params)
-        return LookaheadState(jnp.zeros([], jnp.int32), slow, inner.init(params))
-
-    def update(updates: Any, state: LookaheadState, params: Any = None) -> Any:
-        updates, inner_state = inner.update(updates, state.inner, params)
-        count = optax.safe_increment(state.count)
-        sync = count % period == 0
-        fast = optax.apply_updates(params, updates)
-        middle = optax.incremental_update(fast, state.slow, pace)
-        slow = optax.tree.where(sync, middle, state.slow)
-        updates = optax.tree.sub(optax.tree.where(sync, middle, fast), params)
-        return updates, LookaheadState(count, slow, inner_state)
-
-    return optax.GradientTransformation(init, update)
-
-
 OPTIMIZERS = {
     "Adam": Optimizer(optax.adam),
     "SGD": Optimizer(optax.sgd, proportional=True),
@@ -72,7 +39,6 @@ OPTIMIZERS = {
     "NAdam": Optimizer(optax.nadam),
     "AMSGrad": Optimizer(optax.amsgrad),
     "AdaMax": Optimizer(optax.adamax),
-    "Lookahead(Adam)": Optimizer(lambda rate: lookahead(optax.adam(rate))),
 }
 
 

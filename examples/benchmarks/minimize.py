@@ -91,7 +91,7 @@ def main() -> None:
             budget, ours = int(result.num_evaluations), compiled
     begin = time.perf_counter()
     found = peers.search(
-        "dual annealing",
+        peers.dual_annealing,
         lambda p: jnp.sum((model(p, x) - y) ** 2),
         low,
         high,

@@ -5,9 +5,7 @@
     python examples/benchmarks/speed.py --quick
 
 Programs run in turns, those of another checkout in a process of its own; times are the
-least of many. Ratios are what carries over to other machines. The floor is the time in
-which the arrays that Adam's update has to read and write (gradients, params and two
-moments; params and two moments) could be copied once.
+least of many. Ratios are what carries over to other machines.
 """
 
 import argparse
@@ -104,18 +102,6 @@ SIDES = "Adam", "pranam + Adam"
 
 def nbytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
-
-
-def copy_bandwidth(num_bytes: int) -> float:
-    """Bytes read plus bytes written, per second, of a scaled copy in place."""
-    x = jnp.ones(num_bytes // 4)
-    double = jax.jit(lambda x: 2 * x, donate_argnums=0).lower(x).compile()
-    least = float("inf")
-    for _ in range(20):
-        before = time.perf_counter()
-        x = jax.block_until_ready(double(x))
-        least = min(least, time.perf_counter() - before)
-    return 2 * x.nbytes / least
 
 
 @cache
@@ -249,9 +235,9 @@ def measure(
 
 
 HEADER = (
-    "| setting | | Adam | pranam + Adam | ratio | floor | flops | bytes "
+    "| setting | | Adam | pranam + Adam | ratio | flops | bytes "
     "| temporary memory / params | state of pranam / params | compile time |\n"
-    "| --- |" + " --- |" * 10
+    "| --- |" + " --- |" * 9
 )
 HEADER_AGAINST = (
     "| setting | | before | after | ratio | compile time before | after | ratio "
@@ -259,7 +245,7 @@ HEADER_AGAINST = (
 )
 
 
-def line(setting: str, row: str, facts: dict[str, Facts], bandwidth: float) -> str:
+def line(setting: str, row: str, facts: dict[str, Facts]) -> str:
     adam, ours = (facts[side] for side in SIDES)
     held = ours["params"]
 
@@ -269,7 +255,7 @@ def line(setting: str, row: str, facts: dict[str, Facts], bandwidth: float) -> s
     return (
         f"| {setting} | {row} | {adam['time'] * 1e3:.2f} ms "
         f"| {ours['time'] * 1e3:.2f} ms | {ratio('time')} "
-        f"| {7e3 * held / bandwidth:.2f} ms | {ratio('flops')} | {ratio('bytes')} "
+        f"| {ratio('flops')} | {ratio('bytes')} "
         f"| {adam['temporary'] / held:.2f}, {ours['temporary'] / held:.2f} "
         f"| {(ours['state'] - adam['state']) / held:.3f} | {ratio('compile')} |"
     )
@@ -310,8 +296,7 @@ def main() -> None:
             if args.against:
                 lines.append(line_against(setting, row, found))
             else:
-                bandwidth = copy_bandwidth(found[0]["Adam"]["params"])
-                lines.append(line(setting, row, found[0], bandwidth))
+                lines.append(line(setting, row, found[0]))
     for worker in workers:
         worker.close()
     print(

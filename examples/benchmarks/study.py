@@ -279,7 +279,7 @@ def compare(
 
 
 def run_peer(
-    task: Task, peer: str, instances: Any, gradient_cost: int = 1
+    task: Task, peer: Peer, instances: Any, gradient_cost: int = 1
 ) -> dict[str, Any]:
     """The lowest score that a peer reaches on each instance.
 
@@ -356,7 +356,7 @@ def study(
         else:
             with TURN:
                 report = pick(starts, slice(num_tuning, num_tuning + PEER_SEEDS))
-                result = run_peer(task, name, report.instance, setting.gradient_cost)
+                result = run_peer(task, method, report.instance, setting.gradient_cost)
         return result | {"kind": task.kind, "solved": task.solved}
 
     with (
