@@ -1,6 +1,7 @@
 """The study: statistics, methods, tasks, and a few tiny cells."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -82,21 +83,18 @@ def test_profile_counts_the_runs_within_a_factor_of_the_best():
 
 
 def test_interrupted_study_ends_with_the_same_file(tmp_path, optax_promotion):
-    chosen = {name: methods.METHODS[name] for name in ("independent", "normalised")} | {
-        "L-BFGS": peers.PEERS["multi-start L-BFGS"]
-    }
+    names = "independent", "normalised"
+    chosen = {name: methods.METHODS[name] for name in names}
+    chosen["L-BFGS"] = peers.PEERS["multi-start L-BFGS"]
 
     def run(output):
         return study.study({"parabola": tiny_task}, chosen, SGD, TINY, output)
 
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
-    with pytest.raises(KeyError):  # a name that no peer has
-        run(whole)
-    chosen["multi-start L-BFGS"] = chosen.pop("L-BFGS")
     results = run(whole)
     assert json.loads(whole.read_text()) == results
-    names = [f"parabola | SGD | {name}" for name in ("independent", "normalised")]
-    assert list(results) == [*names, "parabola | - | multi-start L-BFGS"]
+    names = [f"parabola | SGD | {name}" for name in names]
+    assert list(results) == [*names, "parabola | - | L-BFGS"]
     study.save(parts, {name: x for name, x in results.items() if name != names[1]})
     run(parts)
     assert json.loads(parts.read_text()) == results
@@ -114,7 +112,7 @@ def test_interrupted_study_ends_with_the_same_file(tmp_path, optax_promotion):
     other = np.array(results[names[1]]["means"])
     np.testing.assert_array_equal(other[:, 0], means[:, 0])
     # The peer has as many evaluations and gets near the minimum.
-    peer = results["parabola | - | multi-start L-BFGS"]
+    peer = results["parabola | - | L-BFGS"]
     assert peer["budget"] == 4 * 4
     assert np.shape(peer["scores"]) == (3, 1)
     assert np.max(peer["scores"]) < 1e-5
@@ -172,16 +170,18 @@ def test_unit_of_the_rate_is_that_of_what_moves():
         found = methods.rate_unit(method, optimizer, params, grads)
         np.testing.assert_allclose(found, unit, rtol=1e-6)
     # Of `reparametrize` it is that of the embedding.
-    phi, gradient = methods.METHODS["reparametrize"].acts_on(params, grads)
-    found = pranam_optax.reparametrize(optax.sgd(1.0)).init(params).phi
+    phi, gradient = jax.jit(methods.METHODS["reparametrize"].acts_on)(params, grads)
+    found = jax.jit(pranam_optax.reparametrize(optax.sgd(1.0)).init)(params).phi
     assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, found)
-    jax.tree.map(np.testing.assert_allclose, phi, found)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), phi, found)
 
 
 def test_normalised_control_is_pranam_without_coupling():
     params, grads = jax.random.normal(jax.random.key(0), (2, 4, 3))
     link = pranam_optax.pranam(coupling=0.0)
-    expected, _ = jax.jit(link.update)(grads, link.init(params), params)
+    expected, _ = jax.jit(
+        lambda grads, params: link.update(grads, link.init(params), params)
+    )(grads, params)
     updates, _ = methods.normalize().update(grads, optax.EmptyState(), params)
     np.testing.assert_allclose(updates, expected, rtol=1e-5)
 
@@ -243,7 +243,7 @@ def test_networks_have_logits():
         (tasks.convolutional((4, 4, 8), (3, 2, 16)), 17 * 8 + 73 * 16 + 145 * 10),
     ):
         params = jax.eval_shape(network.init, jax.random.key(0))
-        assert optax.tree.size(params) == size
+        assert sum(np.prod(x.shape) for x in jax.tree.leaves(params)) == size
         images = jax.ShapeDtypeStruct((2, 784), jnp.float32)
         assert jax.eval_shape(network.logits, params, images).shape == (2, 10)
 
