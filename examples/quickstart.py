@@ -29,7 +29,7 @@ from pranam_optax import problems
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
-# Takes seeds and learning rates; a compiled function or one that is compiled when called.
+# Seeds and learning rates to losses, curves and paths; compiled or to be compiled.
 Run = Callable[[jax.Array, jax.Array], Any]
 
 
