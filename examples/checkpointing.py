@@ -36,16 +36,6 @@ class Run(NamedTuple):
     key: jax.Array
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their paths.
-
-    Orbax stores dicts of arrays; functions inside a tree, such as that of the
-    embedding, it does not. The program that restores has them.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {keystr(path): leaf for path, leaf in leaves}
-
-
 def key_data(tree: Any) -> Any:
     """The tree with the integers of its keys, which is what Orbax stores."""
     return jax.tree.map(
@@ -61,21 +51,25 @@ def key_data(tree: Any) -> Any:
 def check_unchanged(saved: Any, tree: Any) -> None:
     """Raises an error that names the leaves in which a checkpoint differs from a tree.
 
+    Orbax raises one too, but does not say which leaf it is about.
+
     Args:
-      saved: the checkpoint's metadata: a shape and dtype for each of `named_leaves`.
+      saved: the checkpoint's metadata, a tree of shapes and dtypes.
       tree: what is to be restored.
     """
 
-    def describe(leaves: Any, name: str) -> str:
+    def describe(leaves: dict[str, Any], name: str) -> str:
         if name not in leaves:
             return "missing"
         return f"{leaves[name].dtype}{list(leaves[name].shape)}"
 
-    expected = named_leaves(jax.eval_shape(key_data, tree))
+    there = {leaf.name: leaf for leaf in jax.tree.leaves(saved)}
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(key_data, tree))
+    here = {keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     changes = [
-        f"  {name} is {describe(saved, name)} there, {describe(expected, name)} here"
-        for name in {**saved, **expected}
-        if describe(saved, name) != describe(expected, name)
+        f"  {name} is {describe(there, name)} there, {describe(here, name)} here"
+        for name in {**there, **here}
+        if describe(there, name) != describe(here, name)
     ]
     if changes:
         raise ValueError(
@@ -84,16 +78,10 @@ def check_unchanged(saved: Any, tree: Any) -> None:
         )
 
 
-def save(manager: ocp.CheckpointManager, step: int, tree: Any) -> None:
-    manager.save(step, args=ocp.args.StandardSave(named_leaves(tree)))
-
-
 def restore(manager: ocp.CheckpointManager, step: int, tree: Any) -> Any:
     """A checkpoint in the structure of a tree of arrays, sharded as they are."""
     check_unchanged(manager.item_metadata(step).tree, tree)
-    names = named_leaves(tree)
-    leaves = manager.restore(step, args=ocp.args.StandardRestore(names))
-    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[n] for n in names])
+    return manager.restore(step, args=ocp.args.StandardRestore(tree))
 
 
 def train(
@@ -157,7 +145,7 @@ def train(
         while run.step < num_steps:
             run, values = advance(run)
             if run.step % save_every == 0 or run.step == num_steps:
-                save(manager, int(run.step), run)
+                manager.save(int(run.step), args=ocp.args.StandardSave(run))
                 print(f"step {int(run.step)}: loss {values.min():.2e}", flush=True)
         manager.wait_until_finished()
     return run

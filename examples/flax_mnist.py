@@ -9,10 +9,7 @@ of steps at the same learning rate.
 
 import argparse
 import gzip
-import hashlib
-import os
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -23,31 +20,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from datasets import Source, find
 from tqdm import tqdm
 
 import pranam_optax
 
-# sha256 of the original IDX files.
-FILES = {
-    "train-images-idx3-ubyte.gz": (
-        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"
-    ),
-    "train-labels-idx1-ubyte.gz": (
-        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"
-    ),
-    "t10k-images-idx3-ubyte.gz": (
-        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"
-    ),
-    "t10k-labels-idx1-ubyte.gz": (
-        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
-    ),
-}
 MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pranam_optax"
+# The original IDX files and their sha256.
+FILES = {
+    name: Source(tuple(mirror + name for mirror in MIRRORS), sha256)
+    for name, sha256 in (
+        (
+            "train-images-idx3-ubyte.gz",
+            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        ),
+        (
+            "train-labels-idx1-ubyte.gz",
+            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        ),
+        (
+            "t10k-images-idx3-ubyte.gz",
+            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        ),
+        (
+            "t10k-labels-idx1-ubyte.gz",
+            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        ),
+    )
+}
 
 
 class Mnist(NamedTuple):
@@ -60,53 +63,18 @@ class Mnist(NamedTuple):
 
 
 def load_mnist(data_dir: Path | None = None) -> Mnist:
-    """Reads the IDX files from a folder; without one, from a cache that it fills."""
-    if data_dir is None:
-        data_dir = SHARED if SHARED.is_dir() else CACHE / "mnist"
-        if data_dir != SHARED:
-            for name in FILES:
-                _download(name, data_dir)
-    arrays = [_read(data_dir / name) for name in FILES]
+    """MNIST from a folder with its four IDX files; see `datasets.find`."""
+    arrays = [_read(packed) for packed in find("mnist", FILES, data_dir).values()]
     images = [x.reshape(len(x), -1).astype(np.float32) / 255 for x in arrays[::2]]
     labels = [y.astype(np.int32) for y in arrays[1::2]]
     return Mnist(*map(jnp.asarray, (images[0], labels[0], images[1], labels[1])))
 
 
-def _read(path: Path) -> np.ndarray:
-    if not path.is_file():
-        raise SystemExit(
-            f"{path} is missing. Put the four files of MNIST ({', '.join(FILES)}) into "
-            "one folder and name it with --data-dir."
-        )
-    packed = path.read_bytes()
-    if hashlib.sha256(packed).hexdigest() != FILES[path.name]:
-        raise SystemExit(f"{path} is not the original file: its checksum differs.")
+def _read(packed: bytes) -> np.ndarray:
     data = gzip.decompress(packed)
     # IDX: two zero bytes, the type, the number of axes, their lengths, the bytes.
     shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
-
-
-def _download(name: str, folder: Path) -> None:
-    if (folder / name).is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for mirror in MIRRORS:
-        try:
-            with urllib.request.urlopen(mirror + name, timeout=30) as response:
-                packed = response.read()
-        except OSError:
-            continue
-        if hashlib.sha256(packed).hexdigest() == FILES[name]:
-            # Renamed when whole, so that a killed download leaves no broken file.
-            partial = folder / f"{name}.partial"
-            partial.write_bytes(packed)
-            partial.rename(folder / name)
-            return
-    raise SystemExit(
-        f"MNIST could not be downloaded from {' or '.join(MIRRORS)}. Put its four "
-        f"files ({', '.join(FILES)}) into one folder and name it with --data-dir."
-    )
 
 
 class MLP(nn.Module):

@@ -4,8 +4,8 @@
     python examples/multi_device.py --directory run --coordinator localhost:1234 \\
         --num-processes 2 --process-id 0           # and another with --process-id 1
 
-Params are placed by `shard_replicas`; jit does the rest: a step computes the gradients
-of each replica where it lies, and sums over replicas are all that is communicated. With
+`jax.device_put` spreads the replicas, and jit does the rest: a step computes the
+gradients of each replica where it lies, and communicates sums over replicas alone. With
 `--directory` a run goes on from its last checkpoint, on as many processes as there are
 now. When a process is lost the others say so and stop.
 """
@@ -22,8 +22,9 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from checkpointing import restore, save
+from checkpointing import restore
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pranam_optax
 from pranam_optax import problems
@@ -35,7 +36,6 @@ def train(
     num_steps: int,
     until: int,
     save_every: int,
-    every: int,
     rate: float,
 ) -> dict[str, Any]:
     """Trains 64 replicas on the Ackley function; returns all params and losses."""
@@ -43,13 +43,13 @@ def train(
     grad_fn = pranam_optax.replica_value_and_grad(problem.fun)
     release = optax.linear_schedule(1.0, 0.0, num_steps)
     tx = optax.chain(
-        pranam_optax.pranam(coupling=release, projection_every=every),
+        pranam_optax.pranam(coupling=release),
         optax.adam(optax.cosine_decay_schedule(rate, num_steps)),
     )
 
     mesh = jax.make_mesh((jax.device_count(),), ("replicas",))
     params = pranam_optax.replicate(problem.init, key=1, num_replicas=64)
-    params = pranam_optax.shard_replicas(params, mesh)
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec("replicas")))
 
     def step(run: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], jax.Array]:
         params, state = run
@@ -73,7 +73,7 @@ def train(
         for i in range(start, until, save_every):
             run, last = advance(run)
             values = gather(last)
-            save(manager, i + save_every, run)
+            manager.save(i + save_every, args=ocp.args.StandardSave(run))
             manager.wait_until_finished()
             print(f"step {i + save_every}: mean loss {values.mean():.3g}", flush=True)
     return {"params": gather(run[0]), "values": values}
@@ -89,7 +89,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--until", type=int, help="stop after so many of the steps")
     parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--every", type=int, default=1, help="projection_every")
     parser.add_argument("--rate", type=float, default=1.0, help="of learning")
     parser.add_argument("--output", type=Path, help="write the result as npz")
     parser.add_argument("--quick", action="store_true", help="200 steps")
@@ -110,7 +109,6 @@ def main() -> None:
                 num_steps=num_steps,
                 until=args.until or num_steps,
                 save_every=args.save_every,
-                every=args.every,
                 rate=args.rate,
             )
         except jax.errors.JaxRuntimeError as error:

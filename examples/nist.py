@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import nist_problems
 import numpy as np
 import peers
@@ -78,6 +79,9 @@ def study(
     def residuals(b: jax.Array) -> jax.Array:
         return problem.model(b, problem.x) - problem.y
 
+    def rss(b: jax.Array) -> jax.Array:
+        return jnp.sum(residuals(b) ** 2)
+
     def hits(b: np.ndarray) -> np.ndarray:
         return nist_problems.digits(name, problem, b) >= 6
 
@@ -116,15 +120,17 @@ def study(
     row["per start"] = float(hit.mean())
     row["multi-start"] = starts.success_at(hit, budget)
     row["official"] = official_digits(name, problem)
-    for peer in (peers.differential_evolution, peers.dual_annealing):
+    for peer in ("differential evolution", "dual annealing"):
         ends = [
             peers.polish(
                 residuals,
-                peer(residuals, low, high, num_evaluations=budget, seed=seed)[0],
+                peers.search(
+                    peers.PEERS[peer], rss, low, high, num_evaluations=budget, seed=seed
+                ).params,
             )
             for seed in range(args.peer_seeds)
         ]
-        row[peer.__name__] = float(hits(np.stack(ends)).mean()) if ends else np.nan
+        row[peer] = float(hits(np.stack(ends)).mean()) if ends else np.nan
     return row
 
 
@@ -141,8 +147,8 @@ def line(name: str, row: dict[str, Any]) -> str:
         percent(row.get("uncoupled", np.nan)),
         percent(row["multi-start"]),
         percent(row["per start"]),
-        percent(row["differential_evolution"]),
-        percent(row["dual_annealing"]),
+        percent(row["differential evolution"]),
+        percent(row["dual annealing"]),
         ", ".join(f"{d:.1f}" for d in row["official"]),
         f"{row['evaluations']}",
     ]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from datasets import find
+from datasets import Source, find
 
 Model = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -227,12 +227,11 @@ def load(
     data_dir: Path | None = None, names: Iterable[str] = MODELS
 ) -> dict[str, Regression]:
     """Reads problems from `data_dir`, ../shared or, in the end, the network."""
-    sums = {f"{name}.dat": SHA256[name] for name in names}
-    texts = find("nist_strd", {file: SOURCE + file for file in sums}, sums, data_dir)
-    return {
-        file.removesuffix(".dat"): read(file.removesuffix(".dat"), text)
-        for file, text in texts.items()
+    sources = {
+        f"{name}.dat": Source((f"{SOURCE}{name}.dat",), SHA256[name]) for name in names
     }
+    files = find("nist_strd", sources, data_dir)
+    return {name: read(name, files[f"{name}.dat"].decode()) for name in names}
 
 
 # Terms of the sum that may change places, as parameters; and the signs that do not

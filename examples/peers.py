@@ -1,16 +1,274 @@
-"""Other methods on the same fits: SciPy's, and Levenberg-Marquardt from many starts."""
+"""Other methods to minimise a function in a box or to fit a curve.
 
+`search` runs a method of `PEERS` until its evaluations are spent: it counts them all in
+the same way, those of gradients too. `multi_start`, `refine` and `polish` are
+Levenberg-Marquardt. Packages that only one method needs are imported when it is called.
+"""
+
+import contextlib
+import importlib
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import lineax
 import numpy as np
-import optimistix
 import scipy.optimize
 
+Fun = Callable[[jax.Array], jax.Array]
 Residuals = Callable[[jax.Array], jax.Array]
+
+
+def package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install 'pranam-optax[study]'") from error
+
+
+class BudgetSpentError(Exception):
+    """Raised by `Counter` when the evaluations are used up."""
+
+
+class Counter:
+    """A function on the unit cube that counts its evaluations and keeps the best.
+
+    A value with its gradient counts `gradient_cost`, a value alone 1. Values that are
+    not finite become the largest number.
+    """
+
+    def __init__(self, fun: Fun, budget: int, gradient_cost: int = 1) -> None:
+        def finite(u: jax.Array) -> jax.Array:
+            value = fun(u)
+            worst = jnp.finfo(value.dtype).max
+            return jnp.where(jnp.isfinite(value), value, worst)
+
+        self._value = jax.jit(finite)
+        self._values = jax.jit(jax.vmap(finite))
+        self._value_and_grad = jax.jit(jax.value_and_grad(finite))
+        self._dtype = jax.dtypes.canonicalize_dtype(float)
+        self._gradient_cost, self._last = gradient_cost, np.array([])
+        self.left, self.best, self.where = budget, np.inf, np.array([])
+
+    def _spend(self, cost: int) -> None:
+        if self.left < cost:
+            raise BudgetSpentError
+        self.left -= cost
+
+    def _keep(self, value: float, u: np.ndarray) -> float:
+        if value < self.best:
+            self.best, self.where = value, np.array(u)
+        return value
+
+    def value(self, u: np.ndarray) -> float:
+        self._spend(1)
+        self._last = np.array(u)
+        return self._keep(float(self._value(np.asarray(u, self._dtype))), u)
+
+    def values(self, points: Any) -> np.ndarray:
+        """Of a population, `[points, dim]`, as far as it can be paid for."""
+        points = np.asarray(points, self._dtype)
+        values = np.asarray(self._values(points), float)
+        paid = values[: self.left]
+        if len(paid):
+            self._keep(float(paid.min()), points[paid.argmin()])
+        self.left -= len(paid)
+        if len(paid) < len(values):
+            raise BudgetSpentError
+        return values
+
+    def value_and_grad(self, u: np.ndarray) -> tuple[float, np.ndarray]:
+        self._spend(self._gradient_cost)
+        value, grad = self._value_and_grad(np.asarray(u, self._dtype))
+        return self._keep(float(value), u), np.nan_to_num(np.asarray(grad, float))
+
+    def grad(self, u: np.ndarray) -> np.ndarray:
+        """Costs less where the value has just been computed."""
+        self._spend(self._gradient_cost - np.array_equal(self._last, u))
+        _, grad = self._value_and_grad(np.asarray(u, self._dtype))
+        return np.nan_to_num(np.asarray(grad, float))
+
+
+Peer = Callable[[Counter, int, int], Any]
+
+
+def restarted_lbfgs(counter: Counter, dim: int, seed: int) -> None:
+    """L-BFGS-B from uniform starts, until the budget is spent."""
+    rng = np.random.default_rng(seed)
+    while True:
+        scipy.optimize.minimize(
+            counter.value_and_grad,
+            rng.uniform(size=dim),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(0, 1)] * dim,
+        )
+
+
+def basin_hopping(counter: Counter, dim: int, seed: int) -> None:
+    """SciPy's, with L-BFGS-B and steps of a quarter of the box."""
+    rng = np.random.default_rng(seed)
+    scipy.optimize.basinhopping(
+        counter.value_and_grad,
+        rng.uniform(size=dim),
+        niter=1_000_000,
+        stepsize=0.25,
+        minimizer_kwargs={
+            "jac": True,
+            "method": "L-BFGS-B",
+            "bounds": [(0, 1)] * dim,
+        },
+        rng=rng,
+    )
+
+
+def dual_annealing(counter: Counter, dim: int, seed: int) -> None:
+    """SciPy's, whose local searches are given the gradient."""
+    scipy.optimize.dual_annealing(
+        counter.value,
+        [(0, 1)] * dim,
+        rng=seed,
+        maxiter=1_000_000,
+        maxfun=1_000_000_000,
+        minimizer_kwargs={
+            "jac": counter.grad,
+            "method": "L-BFGS-B",
+            "bounds": [(0, 1)] * dim,
+        },
+    )
+
+
+def differential_evolution(counter: Counter, dim: int, seed: int) -> None:
+    """SciPy's, with the population size of its default (15 per dimension)."""
+    scipy.optimize.differential_evolution(
+        lambda points: counter.values(points.T),
+        [(0, 1)] * dim,
+        rng=seed,
+        vectorized=True,
+        updating="deferred",
+        polish=False,
+        tol=0,
+        maxiter=1_000_000,
+    )
+
+
+def cma_es(counter: Counter, dim: int, seed: int) -> None:
+    """CMA-ES of `cma` with restarts in two regimes (BIPOP)."""
+    cma = package("cma")
+    rng = np.random.default_rng(seed)
+    for restart in itertools.count():
+        cma.fmin2(
+            None,
+            lambda: rng.uniform(size=dim),
+            0.3,
+            {
+                "bounds": [0, 1],
+                "seed": 1 + seed + 1000 * restart,
+                "verbose": -9,
+                "verb_log": 0,
+                "verb_disp": 0,
+            },
+            parallel_objective=lambda points: list(counter.values(np.array(points))),
+            restarts=9,
+            bipop=True,
+        )
+
+
+def sep_cma_es(counter: Counter, dim: int, seed: int) -> None:
+    """Sep-CMA-ES of evosax: 64 points per generation, from the centre."""
+    strategy = package("evosax.algorithms").Sep_CMA_ES(
+        population_size=64, solution=jnp.zeros(dim)
+    )
+    params = strategy.default_params.replace(std_init=0.3)
+    key = jax.random.key(seed)
+    state = strategy.init(key, jnp.full(dim, 0.5), params)
+    generations(counter, strategy, params, state, key)
+
+
+def particle_swarm(counter: Counter, dim: int, seed: int) -> None:
+    """PSO of evosax: 64 particles."""
+    strategy = package("evosax.algorithms").PSO(
+        population_size=64, solution=jnp.zeros(dim)
+    )
+    params = strategy.default_params
+    key, start_key = jax.random.split(jax.random.key(seed))
+    points = jax.random.uniform(start_key, (64, dim))
+    values = jnp.asarray(counter.values(points))
+    state = strategy.init(key, points, values, params)
+    generations(counter, strategy, params, state, key)
+
+
+def generations(
+    counter: Counter, strategy: Any, params: Any, state: Any, key: jax.Array
+) -> None:
+    while True:
+        key, ask_key, tell_key = jax.random.split(key, 3)
+        points, state = strategy.ask(ask_key, state, params)
+        values = jnp.asarray(counter.values(points))
+        state, _ = strategy.tell(tell_key, points, values, state, params)
+
+
+def consensus(counter: Counter, dim: int, seed: int) -> None:
+    """Consensus-based optimisation with anisotropic noise, 64 particles.
+
+    References:
+      J. Carrillo, S. Jin, L. Li, Y. Zhu, `A consensus-based global optimization method
+      for high dimensional machine learning problems
+      <https://doi.org/10.1051/cocv/2020046>`_, 2021; drift and noise are theirs.
+    """
+    rng = np.random.default_rng(seed)
+    points, step, noise = rng.uniform(size=(64, dim)), 0.01, 5.1
+    while True:
+        values = counter.values(points)
+        # Their weights, with the temperature in units of the spread of the values.
+        weights = np.exp(-30 * (values - values.min()) / (values.std() + 1e-30))
+        away = points - weights @ points / weights.sum()
+        drawn = rng.normal(size=points.shape)
+        points = points - step * away + noise * step**0.5 * away * drawn
+
+
+PEERS: dict[str, Peer] = {
+    "multi-start L-BFGS": restarted_lbfgs,
+    "basin hopping": basin_hopping,
+    "dual annealing": dual_annealing,
+    "differential evolution": differential_evolution,
+    "CMA-ES": cma_es,
+    "Sep-CMA-ES": sep_cma_es,
+    "PSO": particle_swarm,
+    "consensus": consensus,
+}
+GRADIENT_PEERS = ("multi-start L-BFGS", "basin hopping", "dual annealing")
+
+
+class Found(NamedTuple):
+    """The best point of a search, its value, and how many evaluations were spent."""
+
+    params: np.ndarray
+    value: float
+    num_evaluations: int
+
+
+def search(
+    peer: Peer,
+    fun: Fun,
+    low: np.ndarray,
+    high: np.ndarray,
+    *,
+    num_evaluations: int,
+    seed: int,
+    gradient_cost: int = 1,
+) -> Found:
+    """Runs one of `PEERS` on a function of a vector in a box."""
+
+    def scaled(u: jax.Array) -> jax.Array:
+        return fun(low + u * (high - low))
+
+    counter = Counter(scaled, num_evaluations, gradient_cost)
+    with np.errstate(all="ignore"), contextlib.suppress(BudgetSpentError):
+        peer(counter, len(low), seed)
+    params = low + counter.where * (high - low)
+    return Found(params, counter.best, num_evaluations - counter.left)
 
 
 class Starts(NamedTuple):
@@ -57,8 +315,9 @@ def refine(
     max_steps: int,
 ) -> Starts:
     """Levenberg-Marquardt, in the coordinates and with the solver that `fit` uses."""
+    lineax, optimistix = package("lineax"), package("optimistix")
     center, half = (low + high) / 2, (high - low) / 2
-    solver: Any = optimistix.LevenbergMarquardt(
+    solver = optimistix.LevenbergMarquardt(
         rtol=1e-11, atol=1e-14, linear_solver=lineax.Normal(lineax.Cholesky())
     )
 
@@ -70,7 +329,7 @@ def refine(
     def run(start: jax.Array) -> Any:
         # On a bound itself the sine is stationary.
         u = jnp.clip((start - center) / half, -0.999, 0.999)
-        solution: Any = optimistix.least_squares(
+        solution = optimistix.least_squares(
             lambda z, _: residuals(to_params(z)),
             solver,
             jnp.arcsin(u),
@@ -95,83 +354,3 @@ def polish(residuals: Residuals, b: np.ndarray) -> np.ndarray:
         except ValueError:  # not finite at the start
             return b
     return np.asarray(found.x)
-
-
-def differential_evolution(
-    residuals: Residuals,
-    low: np.ndarray,
-    high: np.ndarray,
-    *,
-    num_evaluations: int,
-    seed: int,
-) -> tuple[np.ndarray, int]:
-    """SciPy's, vectorised, with the population size of its default."""
-
-    @jax.jit
-    def values(points: jax.Array) -> jax.Array:
-        rss = jax.vmap(lambda b: jnp.sum(residuals(b) ** 2))(points.T)
-        return jnp.where(jnp.isfinite(rss), rss, 1e300)
-
-    population = 15 * len(low)
-    found = scipy.optimize.differential_evolution(
-        lambda points: np.asarray(values(points)),
-        np.stack([low, high], axis=1),
-        rng=seed,
-        vectorized=True,
-        updating="deferred",
-        polish=False,
-        tol=0,
-        maxiter=max(num_evaluations // population - 1, 1),
-    )
-    return np.asarray(found.x), int(found.nfev)
-
-
-def dual_annealing(
-    residuals: Residuals,
-    low: np.ndarray,
-    high: np.ndarray,
-    *,
-    num_evaluations: int,
-    seed: int,
-) -> tuple[np.ndarray, int]:
-    """SciPy's, whose local searches are given the gradient; it counts as well."""
-    count = 0
-
-    def rss(b: jax.Array) -> jax.Array:
-        return jnp.sum(residuals(b) ** 2)
-
-    @jax.jit
-    def value(b: jax.Array) -> jax.Array:
-        value = rss(b)
-        return jnp.where(jnp.isfinite(value), value, jnp.finfo(value.dtype).max)
-
-    grad = jax.jit(jax.grad(rss))
-
-    def fun(b: np.ndarray) -> float:
-        nonlocal count
-        count += 1
-        return float(value(b))
-
-    def jac(b: np.ndarray) -> np.ndarray:
-        nonlocal count
-        count += 1
-        return np.nan_to_num(grad(b), nan=0.0, posinf=0.0, neginf=0.0)
-
-    def stop(b: np.ndarray, value: float, context: int) -> bool:
-        return count >= num_evaluations
-
-    with np.errstate(all="ignore"):
-        found = scipy.optimize.dual_annealing(
-            fun,
-            np.stack([low, high], axis=1),
-            rng=seed,
-            maxiter=num_evaluations,
-            maxfun=num_evaluations,
-            callback=stop,
-            minimizer_kwargs={
-                "method": "L-BFGS-B",
-                "jac": jac,
-                "bounds": np.stack([low, high], axis=1),
-            },
-        )
-    return np.asarray(found.x), count

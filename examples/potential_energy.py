@@ -21,25 +21,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
-from datasets import find
+from datasets import Source, find
 from tqdm import tqdm
 
 import pranam_optax
 
-SHA256 = {
-    "h2plus_1ssg_0_0_1.dat": (
-        "da512fc9f43aa4b77398b292d1c60d4373830c8e755fafda01dd0d4f127010d3"
+FILES = {
+    "h2plus_1ssg_0_0_1.dat": Source(
+        (
+            "https://raw.githubusercontent.com/javierelpianista/h2p-benchmarks/"
+            "0e81fff997bf035677ad7e10999c2a3b3c466123/discurves/0_0_1.dat",
+        ),
+        "da512fc9f43aa4b77398b292d1c60d4373830c8e755fafda01dd0d4f127010d3",
     ),
-    "H2O.dat": "e2277ae217a9abb32cdb4f5d2909afc46b015106951147003d9931708fc943e7",
-}
-URLS = {
-    "h2plus_1ssg_0_0_1.dat": (
-        "https://raw.githubusercontent.com/javierelpianista/h2p-benchmarks/"
-        "0e81fff997bf035677ad7e10999c2a3b3c466123/discurves/0_0_1.dat"
-    ),
-    "H2O.dat": (
-        "https://raw.githubusercontent.com/CCQC/PES-Learn/"
-        "1b5e008b3f24b227f3d6023a766727326ca74333/tests/datafiles/H2O.dat"
+    "H2O.dat": Source(
+        (
+            "https://raw.githubusercontent.com/CCQC/PES-Learn/"
+            "1b5e008b3f24b227f3d6023a766727326ca74333/tests/datafiles/H2O.dat",
+        ),
+        "e2277ae217a9abb32cdb4f5d2909afc46b015106951147003d9931708fc943e7",
     ),
 }
 KCAL_PER_HARTREE = 627.509474
@@ -83,11 +83,12 @@ def network(p: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def load(data_dir: Path | None = None) -> dict[str, Fit]:
-    texts = find("chem", URLS, SHA256, data_dir)
-    r, energy, _ = np.loadtxt(texts["h2plus_1ssg_0_0_1.dat"].splitlines()).T
-    r0, r1, r2, total = np.loadtxt(
-        texts["H2O.dat"].splitlines(), delimiter=",", skiprows=1
-    ).T
+    h2plus_file, h2o_file = (
+        content.decode().splitlines()
+        for content in find("chem", FILES, data_dir).values()
+    )
+    r, energy, _ = np.loadtxt(h2plus_file).T
+    r0, r1, r2, total = np.loadtxt(h2o_file, delimiter=",", skiprows=1).T
     cosine = np.clip((r1**2 + r2**2 - r0**2) / (2 * r1 * r2), -1, 1)
     x = np.stack([r1, r2, cosine], axis=1)
     r, energy = r[r >= 0.5], energy[r >= 0.5]
@@ -155,16 +156,23 @@ def study(fit: Fit, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         "fit": rmse([r.value for r in results]),
         "one start of LM": rmse(starts.values),
     }
-    for peer in (peers.differential_evolution, peers.dual_annealing):
+    for peer in ("differential evolution", "dual annealing"):
         ends = [
-            peer(residuals, fit.low, fit.high, num_evaluations=budget, seed=seed)[0]
+            peers.search(
+                peers.PEERS[peer],
+                lambda p: jnp.sum(residuals(p) ** 2),
+                fit.low,
+                fit.high,
+                num_evaluations=budget,
+                seed=seed,
+            ).params
             for seed in range(args.peer_seeds)
         ]
         if ends:
             polished = peers.refine(
                 residuals, fit.low, fit.high, np.stack(ends), max_steps=1000
             )
-            errors[peer.__name__.replace("_", " ")] = rmse(polished.values)
+            errors[peer] = rmse(polished.values)
     best = results[int(np.argmin(errors["fit"]))]
     return {
         "errors": errors,

@@ -11,6 +11,7 @@ on other seeds than those of the table.
 import argparse
 import itertools
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.stats
 from tqdm import tqdm
 
 import pranam_optax
@@ -27,8 +29,16 @@ from pranam_optax import problems
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
+# Seeds and learning rates to losses, curves and paths; compiled or to be compiled.
+Run = Callable[[jax.Array, jax.Array], Any]
+
+
 class Setting(NamedTuple):
-    """What all methods share."""
+    """What all methods share.
+
+    There are as many report seeds as pairs of tuning seeds and learning rates, so that
+    one compiled program serves both.
+    """
 
     dim: int = 30
     num_replicas: int = 64
@@ -115,7 +125,7 @@ def tuning_runs(setting: Setting) -> tuple[jax.Array, jax.Array]:
     return seeds.ravel(), rates.ravel()
 
 
-def tune(run: jax.stages.Wrapped, setting: Setting) -> float:
+def tune(run: Run, setting: Setting) -> float:
     """The learning rate with the lowest mean loss over the tuning seeds."""
     values, _, _ = run(*tuning_runs(setting))
     scores = values.reshape(len(setting.learning_rates), -1).mean(axis=1)
@@ -124,7 +134,7 @@ def tune(run: jax.stages.Wrapped, setting: Setting) -> float:
 
 def report(
     problem: problems.Problem,
-    run: jax.stages.Wrapped,
+    run: Run,
     learning_rate: float,
     setting: Setting,
 ) -> Result:
@@ -132,7 +142,7 @@ def report(
     seeds = jnp.array(setting.report_seeds)
     start = time.perf_counter()
     values, curves, _ = jax.block_until_ready(
-        run(seeds, jnp.full(seeds.shape, learning_rate))
+        run(seeds, jnp.full(seeds.shape, learning_rate, float))
     )
     return Result(
         learning_rate=learning_rate,
@@ -145,9 +155,8 @@ def report(
 
 def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over seeds."""
-    samples = np.random.default_rng(0).choice(values, (10_000, len(values)))
-    low, high = np.quantile(samples.mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
+    found = scipy.stats.bootstrap((values,), np.mean, method="percentile", rng=0)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def table(results: dict[str, dict[str, Result]]) -> str:
@@ -253,11 +262,11 @@ def main() -> None:
     # Compilation takes most of the time, and only one core for each.
     with ThreadPoolExecutor() as pool:
         seeds_and_rates = tuning_runs(setting)
-        compiled = pool.map(lambda run: run.lower(*seeds_and_rates).compile(), runs)
-        list(tqdm(compiled, "compile", len(runs)))
+        compiling = pool.map(lambda run: run.lower(*seeds_and_rates).compile(), runs)
+        compiled = list(tqdm(compiling, "compile", len(runs)))
     results: dict[str, dict[str, Result]] = {}
     for ((name, problem), (method, _)), run in zip(
-        tqdm(cells, "run"), runs, strict=True
+        tqdm(cells, "run"), compiled, strict=True
     ):
         by_method = results.setdefault(name, {})
         by_method[method] = report(problem, run, tune(run, setting), setting)

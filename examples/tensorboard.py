@@ -4,15 +4,16 @@
     tensorboard --logdir runs/watch
 
 A tiny network on MNIST; where its files are not at hand, on random images of the same
-shape. Scalars are those of `replica_metrics`, `replica_curvature` and
-`replica_saturation`; histograms are those of the embedding, layer by layer. Neither
-needs TensorFlow.
+shape. Scalars are those of `replica_metrics`, the coupling, the slope and curvature of
+the loss along the gradient, and the share of ReLUs that are off; histograms are those
+of the embedding, layer by layer. TensorFlow is not needed.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import flax_mnist
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class Record(NamedTuple):
 
 def load(data_dir: Path | None) -> tuple[jax.Array, jax.Array]:
     """Training images and digits, or random images about ten centres."""
-    if data_dir is not None or flax_mnist.SHARED.is_dir():
+    if data_dir is not None or (datasets.SHARED / "mnist").is_dir():
         data = flax_mnist.load_mnist(data_dir)
         return data.train_x, data.train_y
     print("no MNIST here: random images in its place")
@@ -57,10 +58,9 @@ def load(data_dir: Path | None) -> tuple[jax.Array, jax.Array]:
 
 def layers(state: Any) -> dict[str, jax.Array]:
     """The arrays of the embedding of `chain(pranam(...), ...)`, by their names."""
-    phi = state[0].embedding.args[0]
     return {
         "embedding/" + keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(phi)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state[0].phi)
     }
 
 
@@ -88,29 +88,29 @@ def train(
         return losses.mean(), seen["intermediates"]["Dense_0"]["__call__"][0]
 
     grad_fn = pranam_optax.replica_value_and_grad(loss, has_aux=True)
-    curvature_fn = pranam_optax.replica_curvature(lambda *args: loss(*args)[0])
 
     @jax.jit
-    def step(params: Any, state: Any, batch: jax.Array) -> Any:
-        (values, hidden), grads = grad_fn(params, x[batch], y[batch])
+    def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
+        (values, hidden), grads = grad_fn(params, x, y)
         updates, updated = tx.update(grads, state, params)
-        scalars = pranam_optax.replica_metrics(
-            params,
-            state,
-            values,
-            grads,
-            updated=updated,
-            coupling=coupling,
-            step_size=setting.step_size,
-        )
-        saturation = pranam_optax.replica_saturation(jax.nn.relu, hidden)
-        scalars["saturation"] = saturation.mean()
+        scalars = pranam_optax.replica_metrics(params, state, values, grads)
+        scalars["coupling"] = coupling(state[0].count)
+        # A ReLU passes no gradient where its input is negative.
+        scalars["saturation"] = jnp.mean(hidden < 0)
         return optax.apply_updates(params, updates), updated, values, scalars
 
     # Apart, since it costs two gradients more.
     @jax.jit
-    def curvature(params: Any, batch: jax.Array) -> dict[str, jax.Array]:
-        return jax.tree.map(jnp.mean, curvature_fn(params, x[batch], y[batch]))
+    def curvature(params: Any, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+        """Means over the replicas of g'g and g'Hg, for the gradient g."""
+
+        def one(params: Any) -> dict[str, jax.Array]:
+            gradient = jax.grad(lambda params: loss(params, x, y)[0])
+            g = gradient(params)
+            hg = jax.jvp(gradient, (params,), (g,))[1]
+            return {"slope": optax.tree.vdot(g, g), "curvature": optax.tree.vdot(g, hg)}
+
+        return jax.tree.map(jnp.mean, jax.vmap(one)(params))
 
     init_key, batch_key = jax.random.split(jax.random.key(seed))
     params = pranam_optax.replicate(
@@ -120,14 +120,15 @@ def train(
     records = []
     for i in trange(setting.num_steps, unit="step"):
         key = jax.random.fold_in(batch_key, i)
-        batch = jax.random.randint(key, (setting.batch_size,), 0, len(x))
+        drawn = jax.random.randint(key, (setting.batch_size,), 0, len(x))
+        batch = x[drawn], y[drawn]
         if i % setting.histograms_every == 0:
             for name, leaf in layers(state).items():
                 writer.add_histogram(name, np.asarray(leaf), i)
         before = params
-        params, state, values, scalars = step(params, state, batch)
+        params, state, values, scalars = step(params, state, *batch)
         if i % setting.scalars_every == 0:
-            scalars |= curvature(before, batch)
+            scalars |= curvature(before, *batch)
             numbers = {name: float(x) for name, x in scalars.items()}
             for name, number in numbers.items():
                 writer.add_scalar(f"replicas/{name}", number, i)
@@ -208,7 +209,7 @@ def plot(file: Path, runs: dict[str, list[Record]]) -> None:
             rank.plot(steps, scalars["effective_rank"], color=blue, lw=2)
             for key, colour, label in (
                 ("gradient_cosine", blue, "of the gradients of two replicas"),
-                ("projection_cosine", orange, "of gradient and projected gradient"),
+                ("pull_cosine", orange, "of gradient and pull to the embedding"),
             ):
                 cosine.plot(steps, smooth(scalars[key]), color=colour, label=label)
             cosine.set_xlabel("step")

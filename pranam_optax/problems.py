@@ -1,7 +1,8 @@
 """Test problems: functions with known minima, and regressions with a known solution.
 
 `Problem`: a function of a vector, with the box to search, its minimiser and minimum.
-`Regression`: a model and the data to fit it to.
+`Regression`: a model and the data to fit it to. Both are pytrees: shift, signs,
+rotation, box and data are arrays, so that many instances are one under `jax.vmap`.
 
 Every function is finite and has a finite gradient everywhere, also where the textbook
 formula has none: at the cusps of `ackley` and `schwefel` it is zero.
@@ -17,38 +18,62 @@ Examples:
   >>> values.shape, grads.shape
   ((8,), (8, 2))
 
+  A hundred random instances at once:
+
+  >>> keys = jax.random.split(jax.random.key(0), 100)
+  >>> instances = jax.vmap(lambda key: problems.randomize(problem, key))(keys)
+  >>> instances.minimizer.shape
+  (100, 2)
+  >>> values = jax.vmap(lambda problem: problem.fun(problem.minimizer))(instances)
+  >>> values.shape
+  (100,)
+
 References:
   [SB] S. Surjanovic, D. Bingham, `Virtual Library of Simulation Experiments: Test
   Functions and Datasets <https://www.sfu.ca/~ssurjano/optimization.html>`_, 2013:
   formulas, domains and minima of the functions.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.tree_util import Partial
 
 from pranam_optax._replicas import as_key
 
+Fun = Callable[[jax.Array], jax.Array]
 
-class Problem(NamedTuple):
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Problem:
     """A function to minimise.
 
     Attributes:
-      fun: takes a vector of shape `[dim]` and returns a scalar.
+      fun: takes a vector of shape `[dim]` and returns a scalar. A
+        `jax.tree_util.Partial`, whose arguments are the arrays of the instance; a
+        plain function becomes one.
       low: lower corner of the box to search, `[dim]`.
       high: upper corner of the box to search, `[dim]`.
       minimizer: where in the box `fun` is least, `[dim]`.
       minimum: the value of `fun` there.
     """
 
-    fun: Callable[[jax.Array], jax.Array]
+    fun: Fun
     low: jax.Array
     high: jax.Array
     minimizer: jax.Array
-    minimum: float
+    minimum: float = field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if callable(self.fun) and not isinstance(self.fun, Partial):
+            object.__setattr__(self, "fun", Partial(self.fun))
 
     def init(self, key: jax.Array) -> jax.Array:
         """A point drawn uniformly from the box."""
@@ -57,7 +82,9 @@ class Problem(NamedTuple):
         )
 
 
-class Regression(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Regression:
     """A model to fit to data that some setting of its parameters explains exactly.
 
     Attributes:
@@ -69,8 +96,8 @@ class Regression(NamedTuple):
       solution: parameters with zero loss.
     """
 
-    predict: Callable[[Any, jax.Array], jax.Array]
-    init: Callable[[jax.Array], Any]
+    predict: Callable[[Any, jax.Array], jax.Array] = field(metadata={"static": True})
+    init: Callable[[jax.Array], Any] = field(metadata={"static": True})
     x: jax.Array
     y: jax.Array
     solution: Any
@@ -80,93 +107,94 @@ class Regression(NamedTuple):
         return jnp.mean(jnp.square(self.predict(params, self.x) - self.y))
 
 
-def _box(
-    fun: Callable[[jax.Array], jax.Array],
-    dim: int,
+def _family(
+    *,
     low: float,
     high: float,
-    minimizer: float | np.ndarray,
-    minimum: float = 0.0,
+    minimizer: float | Callable[[int], float] = 0.0,
+    minimum: float | Callable[[int], float] = 0.0,
     min_dim: int = 1,
-) -> Problem:
-    if not isinstance(dim, int) or dim < min_dim:
-        raise ValueError(f"dim must be an int >= {min_dim}, got {dim!r}")
-    return Problem(
-        fun=fun,
-        low=jnp.full(dim, low, float),
-        high=jnp.full(dim, high, float),
-        minimizer=jnp.broadcast_to(jnp.asarray(minimizer, float), (dim,)),
-        minimum=minimum,
-    )
+) -> Callable[[Fun], Callable[[int], Problem]]:
+    """Makes the problems of a function, given its box and its minimum.
+
+    Args:
+      minimizer: of every coordinate, or of the i-th one, i = 1, ..., dim.
+      minimum: the part of every coordinate, or of the i-th one.
+    """
+
+    def parts(value: float | Callable[[int], float], dim: int) -> list[float]:
+        return [value(i) if callable(value) else value for i in range(1, dim + 1)]
+
+    def decorate(fun: Fun) -> Callable[[int], Problem]:
+        def make(dim: int) -> Problem:
+            if not isinstance(dim, int) or dim < min_dim:
+                raise ValueError(f"dim must be an int >= {min_dim}, got {dim!r}")
+            corners = jnp.full(dim, low, float), jnp.full(dim, high, float)
+            where = jnp.array(parts(minimizer, dim), float)
+            return Problem(fun, *corners, where, sum(parts(minimum, dim)))
+
+        names = "__module__", "__name__", "__qualname__", "__doc__"
+        for name in names:
+            setattr(make, name, getattr(fun, name))
+        return make
+
+    return decorate
 
 
-def _safe_sqrt(x: jax.Array) -> jax.Array:
-    """Square root with gradient zero at zero."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
-
-
-def sphere(dim: int) -> Problem:
+@_family(low=-5.12, high=5.12)
+def sphere(x: jax.Array) -> jax.Array:
     r""":math:`\sum_i x_i^2` on [-5.12, 5.12]; minimum 0 at 0 [SB]."""
-    return _box(lambda x: jnp.sum(x**2), dim, -5.12, 5.12, 0.0)
+    return jnp.sum(x**2)
 
 
-def rosenbrock(dim: int) -> Problem:
+@_family(low=-5.0, high=10.0, minimizer=1.0, min_dim=2)
+def rosenbrock(x: jax.Array) -> jax.Array:
     r""":math:`\sum_{i<d} 100 (x_{i+1} - x_i^2)^2 + (1 - x_i)^2` on [-5, 10], dim >= 2.
 
     Minimum 0 at (1, ..., 1) [SB].
     """
-
-    def fun(x: jax.Array) -> jax.Array:
-        return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
-
-    return _box(fun, dim, -5.0, 10.0, 1.0, min_dim=2)
+    return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
 
 
-def ackley(dim: int) -> Problem:
+@_family(low=-32.768, high=32.768)
+def ackley(x: jax.Array) -> jax.Array:
     r"""Ackley's function on [-32.768, 32.768]; minimum 0 at 0 [SB].
 
     .. math::
       -20 \exp\bigl(-0.2 \sqrt{\textstyle\frac1d \sum_i x_i^2}\bigr)
       - \exp\bigl(\textstyle\frac1d \sum_i \cos 2 \pi x_i\bigr) + 20 + e
     """
-
-    def fun(x: jax.Array) -> jax.Array:
-        radius = _safe_sqrt(jnp.mean(x**2))
-        ripples = jnp.mean(jnp.cos(2 * jnp.pi * x))
-        # Written with expm1, since 20 - 20 exp(-r) loses all digits at small r.
-        return -20 * jnp.expm1(-0.2 * radius) - jnp.e * jnp.expm1(ripples - 1)
-
-    return _box(fun, dim, -32.768, 32.768, 0.0)
+    radius = optax.safe_root_mean_squares(x, 0.0)
+    ripples = jnp.mean(jnp.cos(2 * jnp.pi * x))
+    # Written with expm1, since 20 - 20 exp(-r) loses all digits at small r.
+    return -20 * jnp.expm1(-0.2 * radius) - jnp.e * jnp.expm1(ripples - 1)
 
 
-def schwefel(dim: int) -> Problem:
+@_family(low=-500.0, high=500.0, minimizer=420.96874635998199)
+def schwefel(x: jax.Array) -> jax.Array:
     r""":math:`\sum_i 418.98\ldots - x_i \sin \sqrt{|x_i|}` on [-500, 500].
 
     Minimum 0 at (420.97, ..., 420.97) [SB]. Outside the box it falls without bound;
     see `bound`.
     """
+    # A square root with gradient zero at zero.
+    nonzero = x != 0
+    root = jnp.where(nonzero, jnp.sqrt(jnp.abs(jnp.where(nonzero, x, 1.0))), 0.0)
+    # The constant per coordinate, so that the sum does not cancel large numbers.
+    return jnp.sum(418.98288727243369 - x * jnp.sin(root))
 
-    def fun(x: jax.Array) -> jax.Array:
-        # The constant per coordinate, so that the sum does not cancel large numbers.
-        return jnp.sum(418.98288727243369 - x * jnp.sin(_safe_sqrt(jnp.abs(x))))
 
-    return _box(fun, dim, -500.0, 500.0, 420.96874635998199)
-
-
-def rastrigin(dim: int) -> Problem:
+@_family(low=-5.12, high=5.12)
+def rastrigin(x: jax.Array) -> jax.Array:
     r""":math:`\sum_i 10 + x_i^2 - 10 \cos 2 \pi x_i` on [-5.12, 5.12].
 
     Minimum 0 at 0 [SB].
     """
-
-    def fun(x: jax.Array) -> jax.Array:
-        return jnp.sum(10 + x**2 - 10 * jnp.cos(2 * jnp.pi * x))
-
-    return _box(fun, dim, -5.12, 5.12, 0.0)
+    return jnp.sum(10 + x**2 - 10 * jnp.cos(2 * jnp.pi * x))
 
 
-def levy(dim: int) -> Problem:
+@_family(low=-10.0, high=10.0, minimizer=1.0)
+def levy(x: jax.Array) -> jax.Array:
     r"""Levy's function on [-10, 10]; minimum 0 at (1, ..., 1) [SB].
 
     With :math:`w_i = 1 + (x_i - 1) / 4`,
@@ -175,47 +203,23 @@ def levy(dim: int) -> Problem:
       \sin^2 \pi w_1 + \sum_{i<d} (w_i - 1)^2 (1 + 10 \sin^2(\pi w_i + 1))
       + (w_d - 1)^2 (1 + \sin^2 2 \pi w_d)
     """
-
-    def fun(x: jax.Array) -> jax.Array:
-        w = 1 + (x - 1) / 4
-        first = jnp.sin(jnp.pi * w[0]) ** 2
-        inner = (w[:-1] - 1) ** 2 * (1 + 10 * jnp.sin(jnp.pi * w[:-1] + 1) ** 2)
-        last = (w[-1] - 1) ** 2 * (1 + jnp.sin(2 * jnp.pi * w[-1]) ** 2)
-        return first + jnp.sum(inner) + last
-
-    return _box(fun, dim, -10.0, 10.0, 1.0)
+    w = 1 + (x - 1) / 4
+    first = jnp.sin(jnp.pi * w[0]) ** 2
+    inner = (w[:-1] - 1) ** 2 * (1 + 10 * jnp.sin(jnp.pi * w[:-1] + 1) ** 2)
+    last = (w[-1] - 1) ** 2 * (1 + jnp.sin(2 * jnp.pi * w[-1]) ** 2)
+    return first + jnp.sum(inner) + last
 
 
-def styblinski_tang(dim: int) -> Problem:
+@_family(low=-5.0, high=5.0, minimizer=-2.9035340277711772, minimum=-39.166165703771415)
+def styblinski_tang(x: jax.Array) -> jax.Array:
     r""":math:`\frac12 \sum_i x_i^4 - 16 x_i^2 + 5 x_i` on [-5, 5].
 
     Minimum -39.166... d at (-2.9035..., ...) [SB].
     """
-
-    def fun(x: jax.Array) -> jax.Array:
-        return 0.5 * jnp.sum(x**4 - 16 * x**2 + 5 * x)
-
-    minimizer, minimum = -2.9035340277711772, -39.166165703771415
-    return _box(fun, dim, -5.0, 5.0, minimizer, minimum * dim)
+    return 0.5 * jnp.sum(x**4 - 16 * x**2 + 5 * x)
 
 
-def michalewicz(dim: int) -> Problem:
-    r""":math:`-\sum_i \sin(x_i) \sin^{20}(i x_i^2 / \pi)` on [0, pi].
-
-    Minimum -1.8013 for d = 2, -4.6877 for d = 5, -9.6602 for d = 10 [SB]; the sum
-    is separable, so for any d it is found one coordinate at a time. Outside the box
-    there are lower values; see `bound`.
-    """
-
-    def fun(x: jax.Array) -> jax.Array:
-        i = jnp.arange(1, x.shape[0] + 1).astype(x.dtype)
-        return -jnp.sum(jnp.sin(x) * jnp.sin(i * x**2 / jnp.pi) ** 20)
-
-    problem = _box(fun, dim, 0.0, np.pi, 0.0)
-    minimizer, minima = zip(*map(_michalewicz_minimum, range(1, dim + 1)), strict=True)
-    return problem._replace(minimizer=jnp.array(minimizer), minimum=sum(minima))
-
-
+@functools.cache
 def _michalewicz_minimum(i: int) -> tuple[float, float]:
     """Minimiser and minimum of Michalewicz's i-th term, in float64."""
 
@@ -231,49 +235,68 @@ def _michalewicz_minimum(i: int) -> tuple[float, float]:
     return float(x[k]), float(term(x[k]))
 
 
-def griewank(dim: int) -> Problem:
+@_family(
+    low=0.0,
+    high=np.pi,
+    minimizer=lambda i: _michalewicz_minimum(i)[0],
+    minimum=lambda i: _michalewicz_minimum(i)[1],
+)
+def michalewicz(x: jax.Array) -> jax.Array:
+    r""":math:`-\sum_i \sin(x_i) \sin^{20}(i x_i^2 / \pi)` on [0, pi].
+
+    Minimum -1.8013 for d = 2, -4.6877 for d = 5, -9.6602 for d = 10 [SB]; the sum
+    is separable, so for any d it is found one coordinate at a time. Outside the box
+    there are lower values; see `bound`.
+    """
+    i = jnp.arange(1, x.shape[0] + 1).astype(x.dtype)
+    return -jnp.sum(jnp.sin(x) * jnp.sin(i * x**2 / jnp.pi) ** 20)
+
+
+@_family(low=-600.0, high=600.0)
+def griewank(x: jax.Array) -> jax.Array:
     r""":math:`\frac{1}{4000} \sum_i x_i^2 - \prod_i \cos(x_i / \sqrt i) + 1`.
 
     On [-600, 600]; minimum 0 at 0 [SB].
     """
-
-    def fun(x: jax.Array) -> jax.Array:
-        i = jnp.arange(1, x.shape[0] + 1).astype(x.dtype)
-        return jnp.sum(x**2) / 4000 - jnp.prod(jnp.cos(x / jnp.sqrt(i))) + 1
-
-    return _box(fun, dim, -600.0, 600.0, 0.0)
+    i = jnp.arange(1, x.shape[0] + 1).astype(x.dtype)
+    return jnp.sum(x**2) / 4000 - jnp.prod(jnp.cos(x / jnp.sqrt(i))) + 1
 
 
 def shift(problem: Problem, offset: float | jax.Array) -> Problem:
     """Moves the function, not the box, by `offset` (a number or `[dim]`)."""
-    return problem._replace(
-        fun=lambda x: problem.fun(x - jnp.asarray(offset, x.dtype)),
-        minimizer=problem.minimizer + jnp.asarray(offset, problem.minimizer.dtype),
-    )
+    offset = jnp.asarray(offset, problem.minimizer.dtype)
+    fun = Partial(_shifted, problem.fun, offset)
+    return replace(problem, fun=fun, minimizer=problem.minimizer + offset)
+
+
+def _shifted(fun: Fun, offset: jax.Array, x: jax.Array) -> jax.Array:
+    return fun(x - offset.astype(x.dtype))
 
 
 def flip(problem: Problem, signs: jax.Array) -> Problem:
     """Mirrors the function at the box's centre where `signs` (`[dim]`) is -1."""
     center = (problem.low + problem.high) / 2
-
-    def mirror(x: jax.Array) -> jax.Array:
-        c = center.astype(x.dtype)
-        return c + jnp.asarray(signs, x.dtype) * (x - c)
-
-    return problem._replace(
-        fun=lambda x: problem.fun(mirror(x)), minimizer=mirror(problem.minimizer)
-    )
+    fun = Partial(_turned, problem.fun, signs, center)
+    return replace(problem, fun=fun, minimizer=_turn(signs, center, problem.minimizer))
 
 
 def rotate(problem: Problem, rotation: jax.Array) -> Problem:
     """Turns the function by an orthogonal matrix (`[dim, dim]`) about its minimiser."""
+    fun = Partial(_turned, problem.fun, rotation, problem.minimizer)
+    return replace(problem, fun=fun)
 
-    def turn(x: jax.Array) -> jax.Array:
-        m = problem.minimizer.astype(x.dtype)
-        q = jnp.asarray(rotation, x.dtype)
-        return m + jnp.matmul(q, x - m, precision=jax.lax.Precision.HIGHEST)
 
-    return problem._replace(fun=lambda x: problem.fun(turn(x)))
+def _turned(fun: Fun, matrix: jax.Array, center: jax.Array, x: jax.Array) -> jax.Array:
+    return fun(_turn(matrix, center, x))
+
+
+def _turn(matrix: jax.Array, center: jax.Array, x: jax.Array) -> jax.Array:
+    """About a centre, by a matrix or (`[dim]`) its diagonal."""
+    matrix, center = jnp.asarray(matrix, x.dtype), center.astype(x.dtype)
+    if matrix.ndim == 1:
+        return center + matrix * (x - center)
+    turned = jnp.matmul(matrix, x - center, precision=jax.lax.Precision.HIGHEST)
+    return center + turned
 
 
 def bound(problem: Problem) -> Problem:
@@ -293,15 +316,17 @@ def bound(problem: Problem) -> Problem:
       real-parameter numerical optimization`, 2013.
     """
 
-    def fun(x: jax.Array) -> jax.Array:
-        low, high = problem.low.astype(x.dtype), problem.high.astype(x.dtype)
-        width = high - low
-        position = jnp.mod(x - low, 2 * width)
-        inside = low + jnp.minimum(position, 2 * width - position)
-        excess = (x - jnp.clip(x, low, high)) / width
-        return problem.fun(inside) + 100 * jnp.mean(excess**2)
+    fun = Partial(_bounded, problem.fun, problem.low, problem.high)
+    return replace(problem, fun=fun)
 
-    return problem._replace(fun=fun)
+
+def _bounded(fun: Fun, low: jax.Array, high: jax.Array, x: jax.Array) -> jax.Array:
+    low, high = low.astype(x.dtype), high.astype(x.dtype)
+    width = high - low
+    position = jnp.mod(x - low, 2 * width)
+    inside = low + jnp.minimum(position, 2 * width - position)
+    excess = (x - jnp.clip(x, low, high)) / width
+    return fun(inside) + 100 * jnp.mean(excess**2)
 
 
 def randomize(
@@ -357,20 +382,29 @@ def polynomial_fit(
       After the random polynomial fits of the original `TensorFlow program
       <https://github.com/SKorablyov/Pranam>`_.
     """
+    predict, init = _polynomials(num_terms, degree, num_inputs)
+    x_key, solution_key = jax.random.split(as_key(key))
+    x = jax.random.uniform(x_key, (num_points, num_inputs), minval=-1.0, maxval=1.0)
+    solution = init(solution_key)
+    solution = solution / jnp.std(predict(solution, x)) ** (1 / degree)
+    return Regression(predict, init, x, predict(solution, x), solution)
+
+
+# Cached, so that problems of one family have the same functions and may be stacked.
+@functools.cache
+def _polynomials(num_terms: int, degree: int, num_inputs: int) -> tuple[Any, Any]:
     shape = (num_terms, degree, num_inputs + 1)
 
     def init(key: jax.Array) -> jax.Array:
         return jax.random.normal(key, shape) / (num_inputs + 1) ** 0.5
 
     def predict(params: jax.Array, x: jax.Array) -> jax.Array:
-        forms = jnp.einsum("ni,tgi->ntg", x, params[..., :-1]) + params[None, ..., -1]
-        return jnp.sum(jnp.prod(forms, axis=-1), axis=-1)
+        # Points on the last axis and factors apart: several times faster on a CPU.
+        forms = params[..., :-1] @ x.T + params[..., -1:]
+        factors = [forms[:, k] for k in range(forms.shape[1])]
+        return jnp.sum(functools.reduce(jnp.multiply, factors), axis=0)
 
-    x_key, solution_key = jax.random.split(as_key(key))
-    x = jax.random.uniform(x_key, (num_points, num_inputs), minval=-1.0, maxval=1.0)
-    solution = init(solution_key)
-    solution = solution / jnp.std(predict(solution, x)) ** (1 / degree)
-    return Regression(predict, init, x, predict(solution, x), solution)
+    return predict, init
 
 
 def teacher_network(
@@ -408,6 +442,19 @@ def teacher_network(
             f"{features!r}"
         )
 
+    predict, init = _networks(sizes, activation)
+    x_key, solution_key = jax.random.split(as_key(key))
+    x = jax.random.normal(x_key, (num_points, sizes[0]))
+    *hidden, last = init(solution_key)
+    scale = jnp.std(predict([*hidden, last], x))
+    solution = [*hidden, jax.tree.map(lambda p: p / scale, last)]
+    return Regression(predict, init, x, predict(solution, x), solution)
+
+
+@functools.cache
+def _networks(
+    sizes: tuple[int, ...], activation: Callable[[jax.Array], jax.Array]
+) -> tuple[Any, Any]:
     def init(key: jax.Array) -> list[dict[str, jax.Array]]:
         keys = jax.random.split(key, (len(sizes) - 1, 2))
         return [
@@ -420,13 +467,10 @@ def teacher_network(
 
     def predict(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
         *hidden, last = params
+        # Points on the last axis: faster on a CPU.
+        x = x.T
         for layer in hidden:
-            x = activation(x @ layer["w"] + layer["b"][None])
-        return (x @ last["w"] + last["b"][None])[:, 0]
+            x = activation(layer["w"].T @ x + layer["b"][:, None])
+        return (last["w"].T @ x)[0] + last["b"]
 
-    x_key, solution_key = jax.random.split(as_key(key))
-    x = jax.random.normal(x_key, (num_points, sizes[0]))
-    *hidden, last = init(solution_key)
-    scale = jnp.std(predict([*hidden, last], x))
-    solution = [*hidden, jax.tree.map(lambda p: p / scale, last)]
-    return Regression(predict, init, x, predict(solution, x), solution)
+    return predict, init

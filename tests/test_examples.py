@@ -1,20 +1,22 @@
 """What the examples compute themselves; .ci/run runs them as programs."""
 
-import sys
-from pathlib import Path
+import hashlib
+import http.server
+import threading
 
+import datasets
+import flax_mnist
 import numpy as np
 import optax
 import pytest
+import quickstart
+import tensorboard
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import flax_mnist  # noqa: E402
-import quickstart  # noqa: E402
-import tensorboard  # noqa: E402
+needs_mnist = pytest.mark.skipif(
+    not (datasets.SHARED / "mnist").is_dir(), reason="no files of MNIST in ../shared"
+)
 
 
 def test_quickstart_gives_all_methods_the_same_problem_and_replicas(optax_promotion):
@@ -22,16 +24,16 @@ def test_quickstart_gives_all_methods_the_same_problem_and_replicas(optax_promot
         dim=2, num_replicas=8, num_steps=3, report_seeds=range(2)
     )
     problem = quickstart.make_problems(2)["Ackley"]
-    first = [
-        quickstart.make_run(problem, link, setting)(
+    methods = quickstart.make_methods(3)
+    adam, ours = (
+        quickstart.make_run(problem, methods[name], setting)(
             np.array([0]), np.array([0.1], "f")
         )[1][0]
-        for link in quickstart.make_methods(3).values()
-    ]
+        for name in ("Adam", "pranam + Adam")
+    )
     # Losses of the initial replicas, [step, replica].
-    np.testing.assert_array_equal(first[0][0], first[1][0])
-    np.testing.assert_array_equal(first[0][0], first[2][0])
-    assert not np.array_equal(first[0][1], first[2][1])
+    np.testing.assert_array_equal(adam[0], ours[0])
+    assert not np.array_equal(adam[1], ours[1])
 
 
 @pytest.mark.slow
@@ -54,9 +56,8 @@ def test_quickstart_reaches_minima_that_adam_does_not(name, rate, optax_promotio
 
 
 @pytest.mark.slow
+@needs_mnist
 def test_mnist_is_learned_better_than_by_adam(optax_promotion):
-    if not flax_mnist.SHARED.is_dir():
-        pytest.skip(f"no MNIST at {flax_mnist.SHARED}")
     data, rate, num_steps = flax_mnist.load_mnist(), 1.5e-2, 2000
     loss, accuracy = {}, {}
     for method in ("Adam", "pranam + Adam"):
@@ -86,9 +87,8 @@ def test_interval_of_the_mean():
     assert quickstart.interval(np.ones(5)) == (1.0, 1.0)
 
 
+@needs_mnist
 def test_mnist_is_read():
-    if not flax_mnist.SHARED.is_dir():
-        pytest.skip(f"no MNIST at {flax_mnist.SHARED}")
     data = flax_mnist.load_mnist()
     assert data.train_x.shape == (60000, 784)
     assert data.test_y.shape == (10000,)
@@ -99,33 +99,130 @@ def test_mnist_is_read():
     np.testing.assert_array_equal(data.test_y[:5], [7, 2, 1, 0, 4])
 
 
-def test_missing_and_broken_data_are_named(tmp_path):
+# Data: from folders, and from a server on the loopback address.
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Sends what its server's `pages` say: (announced length, content) by path."""
+
+    def do_GET(self):
+        self.server.requested.append(self.path)
+        if self.path not in self.server.pages:
+            self.send_error(404)
+            return
+        length, content = self.server.pages[self.path]
+        self.send_response(200)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "SHARED", tmp_path / "nowhere")
+    monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.pages, server.requested = {}, []
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+CONTENT = b"1 2 3\n" * 1000
+
+
+def source(server, *paths):
+    urls = tuple(f"http://127.0.0.1:{server.server_port}{path}" for path in paths)
+    return {"a.dat": datasets.Source(urls, hashlib.sha256(CONTENT).hexdigest())}
+
+
+def files(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_downloads_are_cached(server, tmp_path):
+    server.pages = {"/a.dat": (len(CONTENT), CONTENT)}
+    # The first mirror does not have it.
+    sources = source(server, "/gone.dat", "/a.dat")
+    for _ in range(2):
+        assert datasets.find("set", sources) == {"a.dat": CONTENT}
+    assert server.requested == ["/gone.dat", "/a.dat"]
+    assert files(tmp_path) == ["a.dat"]
+    # What an older program or a full disk has left there is replaced.
+    (tmp_path / "cache" / "set" / "a.dat").write_bytes(b"<html>")
+    assert datasets.find("set", sources) == {"a.dat": CONTENT}
+    assert (tmp_path / "cache" / "set" / "a.dat").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("length", "content", "message"),
+    [
+        (len(CONTENT), CONTENT[:500], "cut off after 500 bytes"),
+        (18, b"<html>log in</html>"[:18], "sent a web page instead of the file"),
+        (3, b"abc", "sent 3 bytes of another checksum instead of the file"),
+        (None, None, "HTTP Error 404: Not Found"),
+    ],
+)
+def test_a_failed_download_says_what_to_do(length, content, message, server, tmp_path):
+    if content is not None:
+        server.pages = {"/a.dat": (length, content)}
+    with pytest.raises(SystemExit) as error:
+        datasets.find("set", source(server, "/a.dat"))
+    assert f"/a.dat: {message}" in str(error.value)
+    assert "name that folder with --data-dir" in str(error.value)
+    assert files(tmp_path) == []  # nothing is cached
+    # Nor does it stay: the next run gets the file.
+    server.pages = {"/a.dat": (len(CONTENT), CONTENT)}
+    assert datasets.find("set", source(server, "/a.dat")) == {"a.dat": CONTENT}
+
+
+def test_no_connection_says_what_to_do(server):
+    nowhere = datasets.Source(("http://127.0.0.1:1/a.dat",), "0" * 64)
+    with pytest.raises(SystemExit, match=r"refused.*\n.*--data-dir"):
+        datasets.find("set", {"a.dat": nowhere})
+
+
+def test_concurrent_downloads_do_not_mix(server, tmp_path):
+    barrier = threading.Barrier(8)
+
+    class Slow(Handler):
+        def do_GET(self):
+            barrier.wait()  # all of them download at the same time
+            super().do_GET()
+
+    server.RequestHandlerClass = Slow
+    server.pages = {"/a.dat": (len(CONTENT), CONTENT)}
+    found = []
+    threads = [
+        threading.Thread(
+            target=lambda: found.append(datasets.find("set", source(server, "/a.dat")))
+        )
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [{"a.dat": CONTENT}] * 8
+    assert files(tmp_path) == ["a.dat"]
+
+
+def test_missing_and_broken_files_are_named(server, tmp_path):
     with pytest.raises(SystemExit, match=r"train-images-idx3-ubyte.gz is missing"):
         flax_mnist.load_mnist(tmp_path)
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"no images")
     with pytest.raises(SystemExit, match="its checksum differs"):
         flax_mnist.load_mnist(tmp_path)
-
-
-def test_downloads_are_checked_and_cached(tmp_path, monkeypatch):
-    name = "train-labels-idx1-ubyte.gz"
-    mirror = tmp_path / "mirror"
-    mirror.mkdir()
-    (mirror / name).write_bytes(b"labels")
-    monkeypatch.setattr(
-        flax_mnist, "MIRRORS", ("file:///nowhere/", f"file://{mirror}/")
-    )
-    cache = tmp_path / "cache"
-    with pytest.raises(SystemExit, match=r"could not be downloaded from .* --data-dir"):
-        flax_mnist._download(name, cache)
-    assert not (cache / name).exists()
-
-    digest = flax_mnist.hashlib.sha256(b"labels").hexdigest()
-    monkeypatch.setitem(flax_mnist.FILES, name, digest)
-    flax_mnist._download(name, cache)
-    assert (cache / name).read_bytes() == b"labels"
-    monkeypatch.setattr(flax_mnist, "MIRRORS", ())
-    flax_mnist._download(name, cache)  # from the cache
+    (tmp_path / "a.dat").write_bytes(CONTENT)
+    assert datasets.find("set", source(server, "/a.dat"), tmp_path) == {
+        "a.dat": CONTENT
+    }
+    assert server.requested == []
 
 
 def read_events(folder):
@@ -142,7 +239,7 @@ def read_events(folder):
 def test_event_files_hold_the_metrics_and_the_embedding(
     tmp_path, monkeypatch, optax_promotion
 ):
-    monkeypatch.setattr(flax_mnist, "SHARED", tmp_path / "nowhere")
+    monkeypatch.setattr(datasets, "SHARED", tmp_path / "nowhere")
     data = tensorboard.load(None)  # what takes the place of MNIST
     assert data[0].shape == (10_000, 784)
     assert set(np.asarray(data[1])) == set(range(10))

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,27 +38,42 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_value_at_a_point(name):
+# Programs of all functions at once, since most of the time is that of compilation.
+
+
+def test_values_at_a_point():
     x = jnp.array([0.5, 1.0, 1.5])
-    np.testing.assert_allclose(FUNCTIONS[name](3).fun(x), VALUES[name], rtol=2e-6)
+    values = jax.jit(lambda x: {n: f(3).fun(x) for n, f in FUNCTIONS.items()})(x)
+    for name, value in values.items():
+        np.testing.assert_allclose(value, VALUES[name], rtol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("dim", [2, 3, 10, 40])
-def test_minimum(name, dim, x64):
-    problem = FUNCTIONS[name](dim)
-    value, grad = jax.value_and_grad(problem.fun)(problem.minimizer)
-    scale = max(1.0, abs(problem.minimum))
-    np.testing.assert_allclose(value, problem.minimum, atol=1e-9 * scale)
-    np.testing.assert_allclose(grad, 0.0, atol=1e-5)
-    assert jnp.all(problem.minimizer >= problem.low)
-    assert jnp.all(problem.minimizer <= problem.high)
-    # No point of a random search in the box, wide or close by, lies lower.
-    points = jax.vmap(problem.init)(jax.random.split(jax.random.key(0), 5000))
-    near = problem.minimizer[None] + 1e-2 * (points - problem.minimizer[None])
-    for x in (points, jnp.clip(near, problem.low[None], problem.high[None])):
-        assert jnp.min(jax.vmap(problem.fun)(x)) >= problem.minimum - 1e-9 * scale
+@pytest.mark.parametrize("dim", [2, 20])
+def test_minimum(dim, x64):
+    made = {name: make(dim) for name, make in FUNCTIONS.items()}
+
+    def look(problem, key):
+        value, grad = jax.value_and_grad(problem.fun)(problem.minimizer)
+        # A random search in the box, wide and close by.
+        points = jax.vmap(problem.init)(jax.random.split(key, 5000))
+        near = problem.minimizer[None] + 1e-2 * (points - problem.minimizer[None])
+        near = jnp.clip(near, problem.low[None], problem.high[None])
+        values = jax.vmap(problem.fun)(jnp.concatenate([points, near]))
+        return value, grad, values.min()
+
+    found = jax.jit(lambda made, key: {n: look(p, key) for n, p in made.items()})(
+        made, jax.random.key(0)
+    )
+    for name, (value, grad, lowest) in found.items():
+        problem = made[name]
+        scale = max(1.0, abs(problem.minimum))
+        np.testing.assert_allclose(
+            value, problem.minimum, atol=1e-9 * scale, err_msg=name
+        )
+        np.testing.assert_allclose(grad, 0.0, atol=1e-5, err_msg=name)
+        assert np.all(problem.minimizer >= problem.low)
+        assert np.all(problem.minimizer <= problem.high)
+        assert lowest >= problem.minimum - 1e-9 * scale
 
 
 @pytest.mark.parametrize(
@@ -66,40 +83,23 @@ def test_michalewicz_minima_of_the_literature(dim, minimum):
     assert problems.michalewicz(dim).minimum == pytest.approx(minimum, abs=5e-5)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_gradient_is_finite_everywhere(name):
-    problem = FUNCTIONS[name](4)
-    bounded = problems.bound(problem)
-    awkward = [
-        0.0,
-        -0.0,
-        1e-30,
-        -1e-30,
-        1.0,
-        421.0,
-        *problem.low[:1],
-        *problem.high[:1],
-    ]
-    for value in awkward:
-        for x in (jnp.full(4, value), jnp.array([value, 0.0, 1.0, value])):
-            for fun in (problem.fun, bounded.fun):
-                assert jnp.all(jnp.isfinite(jax.grad(fun)(x))), (name, x)
+def test_gradients_are_finite_everywhere():
+    def gradients(problem):
+        values = jnp.array([0.0, -0.0, 1e-30, -1e-30, 1.0, 421.0])
+        values = jnp.concatenate([values, problem.low[:1], problem.high[:1]])
+        same = jnp.repeat(values[:, None], 4, axis=1)
+        points = jnp.concatenate([same, same.at[:, 1].set(0.0).at[:, 2].set(1.0)])
+        return [
+            jax.vmap(jax.grad(fun))(points)
+            for fun in (problem.fun, problems.bound(problem).fun)
+        ]
 
-
-def test_gradient_is_zero_at_the_cusps():
-    assert jnp.all(jax.grad(problems.ackley(3).fun)(jnp.zeros(3)) == 0)
-    assert jnp.all(jax.grad(problems.schwefel(3).fun)(jnp.zeros(3)) == 0)
-
-
-@pytest.mark.parametrize("name", ["rosenbrock", "michalewicz"])
-def test_gradient_descent_moves_down_what_the_original_could_not(name):
-    problem = FUNCTIONS[name](5)
-    x = problem.init(jax.random.key(3))
-    step = 1e-6 if name == "rosenbrock" else 1e-4
-    before = problem.fun(x)
-    for _ in range(20):
-        x = x - step * jax.grad(problem.fun)(x)
-    assert problem.fun(x) < before
+    found = jax.jit(lambda: {n: gradients(f(4)) for n, f in FUNCTIONS.items()})()
+    for name, grads in found.items():
+        assert np.all(np.isfinite(grads)), name
+    # At the cusps: the first point is the origin.
+    assert np.all(found["ackley"][0][0] == 0)
+    assert np.all(found["schwefel"][0][0] == 0)
 
 
 def test_dim_errors():
@@ -148,22 +148,55 @@ def test_bound_mirrors_at_the_faces_and_adds_the_penalty():
     assert jax.vmap(problem.fun)(far).min() > 0
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("rotated", [False, True])
-def test_randomize_moves_the_minimiser_within_the_box(name, rotated, x64):
-    problem = problems.bound(FUNCTIONS[name](6))
-    center = (problem.low + problem.high) / 2
-    half = (problem.high - problem.low) / 2
-    for seed in range(5):
-        instance = problems.randomize(problem, seed, spread=0.4, rotated=rotated)
-        position = (instance.minimizer - center) / half
-        assert jnp.all(jnp.abs(position) <= 0.4)
-        assert jnp.any(jnp.abs(position) > 0.1)
+def test_random_instances_are_one_program(rotated, x64):
+    made = {name: problems.bound(make(6)) for name, make in FUNCTIONS.items()}
+
+    def draw(key):
+        drawn = {
+            name: problems.randomize(problem, key, spread=0.4, rotated=rotated)
+            for name, problem in made.items()
+        }
+        return drawn, {n: p.fun(p.minimizer) for n, p in drawn.items()}
+
+    keys = jax.random.split(jax.random.key(0), 5)
+    drawn, values = jax.jit(jax.vmap(draw))(keys)
+    for name, problem in made.items():
+        center = (problem.low + problem.high) / 2
+        half = (problem.high - problem.low) / 2
+        position = (np.asarray(drawn[name].minimizer) - center[None]) / half[None]
+        assert np.all(np.abs(position) <= 0.4)
+        assert np.all(np.any(np.abs(position) > 0.1, axis=1))
+        assert len(np.unique(position[:, 0])) == 5
         scale = max(1.0, abs(problem.minimum))
         np.testing.assert_allclose(
-            instance.fun(instance.minimizer), problem.minimum, atol=1e-9 * scale
+            values[name], problem.minimum, atol=1e-9 * scale, err_msg=name
         )
-        np.testing.assert_array_equal(instance.low, problem.low)
+        np.testing.assert_array_equal(drawn[name].low[0], problem.low)
+    # One of them alone is the same as in the batch.
+    one = problems.randomize(made["levy"], keys[3], spread=0.4, rotated=rotated)
+    np.testing.assert_allclose(drawn["levy"].minimizer[3], one.minimizer, rtol=1e-12)
+
+
+def test_instances_of_a_family_may_be_stacked():
+    sphere = problems.bound(problems.sphere(3))
+    for make in (
+        partial(problems.randomize, sphere, rotated=True),
+        problems.polynomial_fit,
+        partial(problems.teacher_network, features=(2, 3, 1)),
+    ):
+        first, second = (jax.eval_shape(partial(make, key=seed)) for seed in (0, 1))
+        assert jax.tree.structure(first) == jax.tree.structure(second)
+
+
+def test_plain_functions_make_problems():
+    problem = problems.Problem(
+        lambda x: jnp.sum(x**4), -jnp.ones(2), jnp.ones(2), jnp.zeros(2), 0.0
+    )
+    moved = problems.shift(problem, 0.5)
+    found = jax.jit(lambda problem, x: problem.fun(x))(moved, jnp.array([0.5, 2.5]))
+    assert found == 16.0
+    np.testing.assert_array_equal(moved.minimizer, [0.5, 0.5])
 
 
 def test_randomize_is_a_function_of_the_key():
@@ -176,21 +209,28 @@ def test_randomize_is_a_function_of_the_key():
 
 
 @pytest.mark.parametrize(
-    "regression",
+    "make",
     [
-        problems.polynomial_fit(0),
-        problems.polynomial_fit(1, num_inputs=2, num_terms=5, degree=2, num_points=50),
-        problems.teacher_network(0),
-        problems.teacher_network(1, features=(5, 6, 6, 1), activation=jax.nn.relu),
+        problems.polynomial_fit,
+        partial(
+            problems.teacher_network, features=(5, 6, 6, 1), activation=jax.nn.relu
+        ),
     ],
 )
-def test_regressions_are_solved_by_their_solution_only(regression):
-    assert regression.loss(regression.solution) == 0
-    np.testing.assert_allclose(jnp.std(regression.y), 1.0, rtol=1e-5)
-    params = pranam_optax.replicate(regression.init, 2, 8)
-    values, grads = pranam_optax.replica_value_and_grad(regression.loss)(params)
-    assert jnp.all(values > 0.1)
-    assert all(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads))
+def test_regressions_are_solved_by_their_solution_only(make):
+    @jax.jit
+    def look(key):
+        regression = make(key)
+        params = pranam_optax.replicate(regression.init, 2, 8)
+        grad_fn = pranam_optax.replica_value_and_grad(regression.loss)
+        loss = regression.loss(regression.solution)
+        return loss, jnp.std(regression.y), *grad_fn(params)
+
+    loss, deviation, values, grads = look(jax.random.key(0))
+    assert loss == 0
+    np.testing.assert_allclose(deviation, 1.0, rtol=1e-5)
+    assert np.all(values > 0.1)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
 
 
 def test_polynomial_by_hand():

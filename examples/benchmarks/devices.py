@@ -1,29 +1,19 @@
-"""What replicas on several devices communicate, and what that takes.
+"""What replicas that are spread over devices communicate.
 
-    python examples/benchmarks/study.py --methods normalised pranam "every *" \\
-        --problems "* 30 rotated" polynomial "tanh 4-5-1" --output every.json
-    python examples/benchmarks/devices.py --study every.json
+    python examples/benchmarks/devices.py
 
 Reads from the compiled program of an update on 1 to 8 devices how many bytes it sums
-over devices and in how many sums, and compares them with the model
-
-    bytes = (K + 2) n
-    time = (bytes / bandwidth 2 (d - 1) / d + sums latency 2 log2(d)) / k
-
-for n bytes of params of a model, d devices and `projection_every=k` (a ring for the
-bytes, a tree for the latency). The rest is extrapolated with it. With `--study`, also
-the losses that `projection_every` leads to.
+over devices and in how many sums, and compares them with (K + 2) n for n bytes of
+params of a model.
 """
 
 import argparse
-import json
 import math
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import report
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pranam_optax
 
@@ -36,18 +26,6 @@ class Traffic(NamedTuple):
 
     nbytes: int
     sums: int
-
-
-class Network(NamedTuple):
-    bandwidth: float  # bytes per second
-    latency: float  # seconds
-
-
-NETWORKS = {
-    "NVLink, 100 GB/s, 5 us": Network(100e9, 5e-6),
-    "data centre, 10 Gbit/s, 50 us": Network(1.25e9, 50e-6),
-    "office, 1 Gbit/s, 500 us": Network(0.125e9, 500e-6),
-}
 
 
 def collectives(hlo: str) -> list[tuple[str, int]]:
@@ -67,7 +45,7 @@ def collectives(hlo: str) -> list[tuple[str, int]]:
 def compile_update(tx: Any, params: Any, num_devices: int) -> str:
     """HLO of an update whose replicas are spread over so many devices."""
     mesh = jax.make_mesh((num_devices,), ("replicas",))
-    params = pranam_optax.shard_replicas(params, mesh)
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec("replicas")))
     state = jax.jit(tx.init)(params)
     compiled = jax.jit(tx.update).lower(params, state, params).compile()
     return compiled.as_text() or ""
@@ -84,18 +62,9 @@ def measure(sizes: tuple[int, ...], num_replicas: int, num_devices: int) -> Traf
     return Traffic(sum(nbytes for _, nbytes in found), len(found))
 
 
-def seconds(network: Network, traffic: Traffic, num_devices: int, every: int) -> float:
-    """Communication per update, by the model."""
-    ring = 2 * (num_devices - 1) / num_devices
-    tree = 2 * math.ceil(math.log2(num_devices))
-    once = ring * traffic.nbytes / network.bandwidth
-    return (once + tree * traffic.sums * network.latency) / every
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer devices")
-    parser.add_argument("--study", type=Path, help="results of study.py")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
 
@@ -112,28 +81,6 @@ def main() -> None:
             f"| {num_devices} | {num_replicas} | {traffic.sums} | {traffic.nbytes:,} "
             f"| {model:,} |"
         )
-
-    num_params = 1_000_000
-    traffic = Traffic((WIDTH + 2) * 4 * num_params, traffic.sums)
-    print(f"\n{traffic.nbytes / 1e6:.0f} MB in {traffic.sums} sums per projection of a")
-    print(
-        "model of 1 M params, 10 replicas on each device; communication per update:\n"
-    )
-    print("| network | replicas | devices | k = 1 | k = 4 | k = 16 | k = 64 |")
-    print("| --- |" + " --- |" * 6)
-    for name, network in NETWORKS.items():
-        for num_devices in (8, 100, 1000):
-            times = [
-                f"{1e3 * seconds(network, traffic, num_devices, every):.3g} ms"
-                for every in (1, 4, 16, 64)
-            ]
-            row = name, f"{10 * num_devices:,}", f"{num_devices:,}", *times
-            print("| " + " | ".join(row) + " |")
-    if args.study:
-        cells = report.read(json.loads(args.study.read_text()))
-        methods = "normalised", "pranam", "every 4", "every 16", "every 64"
-        for kind in dict.fromkeys(cell.kind for cell in cells.values()):
-            print(f"\n{report.cell_table(cells, kind, methods)}")
 
 
 if __name__ == "__main__":

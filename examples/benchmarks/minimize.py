@@ -7,17 +7,14 @@ Every time is the least of a few repetitions.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import _paths  # noqa: F401
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import peers
 
 import pranam_optax
@@ -67,9 +64,6 @@ def main() -> None:
     low = np.array([0.0] * 12 + [0.1] * 6 + [-10.0] * 2, np.float32)
     high = np.array([10.0] * 12 + [5.0] * 6 + [10.0] * 2, np.float32)
 
-    def residuals(p: Any) -> jax.Array:
-        return model(p, x) - y
-
     print("| 64 replicas, 20 parameters | with compilation | compiled | value |")
     print("| --- | --- | --- | --- |")
     for polish in (None, "lm", "lbfgs"):
@@ -96,14 +90,19 @@ def main() -> None:
         if polish == "lm":
             budget, ours = int(result.num_evaluations), compiled
     begin = time.perf_counter()
-    found, count = peers.dual_annealing(
-        residuals, low, high, num_evaluations=min(budget, args.annealing), seed=0
+    found = peers.search(
+        peers.dual_annealing,
+        lambda p: jnp.sum((model(p, x) - y) ** 2),
+        low,
+        high,
+        num_evaluations=min(budget, args.annealing),
+        seed=0,
     )
     annealing = time.perf_counter() - begin
-    value = float(jnp.sum(residuals(found) ** 2))
+    count = found.num_evaluations
     print(
         f"\ndual_annealing: {annealing:.1f} s for {count} evaluations, value "
-        f"{value:.4g};"
+        f"{found.value:.4g};"
         f" fit: {ours:.3f} s for {budget}. Ratio per evaluation: "
         f"{annealing / count * budget / ours:.1f}"
     )

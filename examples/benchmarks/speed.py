@@ -1,19 +1,21 @@
 """What pranam costs: a training step and an update, against Adam alone.
 
     python examples/benchmarks/speed.py
+    python examples/benchmarks/speed.py --against ../before    # another checkout
     python examples/benchmarks/speed.py --quick
 
-First both sides of four settings, then an update of twice the replicas and of twice the
-weights. All run in turns in one process; times are the least of many. Ratios are what
-carries over to other machines. The floor is the time in which the arrays that Adam's
-update has to read and write (gradients, params and two moments; params and two
-moments) could be copied once.
+Programs run in turns, those of another checkout in a process of its own; times are the
+least of many. Ratios are what carries over to other machines.
 """
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,8 @@ from tqdm import tqdm
 
 import pranam_optax
 from pranam_optax import problems
+
+HERE = Path(__file__).resolve().parents[2]
 
 
 class Setting(NamedTuple):
@@ -84,178 +88,223 @@ SETTINGS: dict[str, Callable[[], Setting]] = {
     "conv net, 100 k, R = 16": lambda: network(ConvNet(), 16, 128),
     "MLP, 1 M, R = 16": lambda: network(MLP((900, 300)), 16, 128),
     "function, 1000-D, R = 64": lambda: function(1000, 64),
+    # Twice the replicas, twice the weights.
+    "function, 10,000-D, R = 16": lambda: function(10_000, 16),
+    "function, 10,000-D, R = 32": lambda: function(10_000, 32),
+    "function, 20,000-D, R = 16": lambda: function(20_000, 16),
 }
 QUICK: dict[str, Callable[[], Setting]] = {
-    "MNIST 784-10-10-10, R = 4": lambda: network(MLP((10, 10)), 4, 32),
     "function, 100-D, R = 8": lambda: function(100, 8),
 }
-
-
-class Program(NamedTuple):
-    compiled: Any
-    seconds: float
-    arguments: tuple[Any, ...]
-
-
-def compile_program(fun: Callable[..., Any], *args: Any) -> Program:
-    """`fun(params, state, rest)` with params and state donated."""
-    lowered = jax.jit(fun, donate_argnums=(0, 1)).lower(*args)
-    start = time.perf_counter()
-    compiled = lowered.compile()
-    return Program(compiled, time.perf_counter() - start, jax.tree.map(jnp.copy, args))
-
-
-def interleave(programs: dict[str, Program], seconds: float) -> dict[str, float]:
-    """Least time of each, running them in turns."""
-    held = {name: program.arguments for name, program in programs.items()}
-    least = dict.fromkeys(programs, float("inf"))
-    start, rounds = time.perf_counter(), 0
-    while rounds < 5 or time.perf_counter() - start < seconds:
-        rounds += 1
-        for name, program in programs.items():
-            params, state, rest = held[name]
-            before = time.perf_counter()
-            params, state = jax.block_until_ready(program.compiled(params, state, rest))
-            least[name] = min(least[name], time.perf_counter() - before)
-            held[name] = params, state, rest
-    return least
+ROWS = "step", "update"
+SIDES = "Adam", "pranam + Adam"
 
 
 def nbytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-def copy_bandwidth(num_bytes: int) -> float:
-    """Bytes read plus bytes written, per second, of a scaled copy in place."""
-    x = jnp.ones(num_bytes // 4)
-    double = jax.jit(lambda x: 2 * x, donate_argnums=0).lower(x).compile()
-    least = float("inf")
-    for _ in range(20):
-        before = time.perf_counter()
-        x = jax.block_until_ready(double(x))
-        least = min(least, time.perf_counter() - before)
-    return 2 * x.nbytes / least
+@cache
+def prepare(setting: str) -> tuple[Setting, Any]:
+    """A setting and its gradients."""
+    made = {**SETTINGS, **QUICK}[setting]()
+    grad_fn = pranam_optax.replica_value_and_grad(made.loss)
+    return made, jax.jit(grad_fn)(made.params, made.batch)[1]
 
 
-def make_update(tx: Any) -> Callable[..., Any]:
-    def update(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+class Program:
+    """A compiled step or update, its arguments, and what is known of it."""
 
-    return update
+    def __init__(self, setting: str, row: str, side: str) -> None:
+        made, grads = prepare(setting)
+        tx: Any = optax.adam(1e-3)
+        if side != "Adam":
+            release = optax.linear_schedule(1.0, 0.0, 1000)
+            tx = optax.chain(pranam_optax.pranam(coupling=release), tx)
+        grad_fn = pranam_optax.replica_value_and_grad(made.loss)
 
+        def update(params: Any, state: Any, grads: Any) -> Any:
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
 
-def make_transformations() -> dict[str, Any]:
-    release = optax.linear_schedule(1.0, 0.0, 1000)
-    adam = optax.adam(1e-3)
-    return {
-        "adam": adam,
-        "pranam": optax.chain(pranam_optax.pranam(coupling=release), adam),
-    }
+        def step(params: Any, state: Any, batch: Any) -> Any:
+            return update(params, state, grad_fn(params, batch)[1])
 
-
-def doubling(dim: int, num_replicas: int, seconds: float) -> str:
-    """How the time of an update grows with the weights and with the replicas."""
-    tx = make_transformations()["pranam"]
-    programs = {}
-    for name, shape in {
-        "": (num_replicas, dim),
-        "twice the replicas": (2 * num_replicas, dim),
-        "twice the weights": (num_replicas, 2 * dim),
-    }.items():
-        params = jax.random.normal(jax.random.key(0), shape)
-        state = jax.jit(tx.init)(params)
-        programs[name] = compile_program(make_update(tx), params, state, params)
-    least = interleave(programs, seconds)
-    ratios = [f"{name} {least[name] / least['']:.2f}" for name in list(least)[1:]]
-    return f"R = {num_replicas}, {dim:,} weights: time of {', of '.join(ratios)}"
-
-
-def measure(setting: Setting, seconds: float) -> dict[str, dict[str, Any]]:
-    """Rows "step" and "update": everything about Adam alone and behind pranam."""
-    transformations = make_transformations()
-    grad_fn = pranam_optax.replica_value_and_grad(setting.loss)
-    grads = jax.jit(grad_fn)(setting.params, setting.batch)[1]
-    states = {
-        name: jax.jit(tx.init)(setting.params) for name, tx in transformations.items()
-    }
-    held = nbytes(setting.params)
-    floor = 7 * held / copy_bandwidth(held)
-
-    def make_step(tx: Any) -> Callable[..., Any]:
-        update = make_update(tx)
-        return lambda params, state, batch: update(
-            params, state, grad_fn(params, batch)[1]
+        fun, self._rest = (step, made.batch) if row == "step" else (update, grads)
+        # Donated in every run.
+        self._held = jax.tree.map(
+            jnp.copy, (made.params, jax.jit(tx.init)(made.params))
         )
-
-    rows: dict[str, dict[str, Any]] = {}
-    for row, make, rest in (
-        ("step", make_step, setting.batch),
-        ("update", make_update, grads),
-    ):
-        programs = {
-            name: compile_program(make(tx), setting.params, states[name], rest)
-            for name, tx in transformations.items()
+        jax.clear_caches()
+        start = time.perf_counter()
+        jitted = jax.jit(fun, donate_argnums=(0, 1))
+        self._compiled = jitted.lower(*self._held, self._rest).compile()
+        cost: Any = self._compiled.cost_analysis()
+        memory: Any = self._compiled.memory_analysis()
+        self.facts = {
+            "compile": time.perf_counter() - start,
+            "flops": cost["flops"],
+            "bytes": cost["bytes accessed"],
+            "temporary": memory.temp_size_in_bytes,
+            "state": nbytes(self._held[1]),
+            "params": nbytes(made.params),
         }
-        least = interleave(programs, seconds)
-        rows[row] = {
-            "floor": floor,
-            "state": (nbytes(states["pranam"]) - nbytes(states["adam"])) / held,
+
+    def run(self) -> float:
+        """Seconds of one run."""
+        before = time.perf_counter()
+        self._held = jax.block_until_ready(self._compiled(*self._held, self._rest))
+        return time.perf_counter() - before
+
+
+def serve() -> None:
+    """Compiles and runs the programs that the standard input asks for."""
+    programs: dict[str, Program] = {}
+    # Answers have the standard output for themselves.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        verb, *words = json.loads(line)
+        answer: Any
+        if verb == "where":
+            answer = pranam_optax.__file__
+        elif verb == "run":
+            answer = programs[words[0]].run()
+        else:
+            setting, row, side = words
+            programs[side] = Program(setting, row, side)
+            answer = programs[side].facts
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class Worker:
+    """A process that measures the package of one checkout."""
+
+    def __init__(self, checkout: Path) -> None:
+        # Compilation is measured: nothing may come out of a cache.
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(checkout),
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
         }
-        for name, program in programs.items():
-            cost = program.compiled.cost_analysis()
-            memory = program.compiled.memory_analysis()
-            rows[row][name] = {
-                "time": least[name],
-                "compile": program.seconds,
-                "flops": cost["flops"],
-                "bytes": cost["bytes accessed"],
-                "temporary": memory.temp_size_in_bytes,
-                "params": held,
-            }
-    return rows
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--serve"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        where = Path(self.ask("where"))
+        if not where.is_relative_to(checkout):
+            raise SystemExit(f"there is no pranam_optax in {checkout}; found {where}")
+
+    def ask(self, *words: str) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(words), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"the process that was asked for {words} has ended")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
-def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    lines = [
-        "| setting | | Adam | pranam + Adam | ratio | floor | flops | bytes "
-        "| temporary memory / params | state of pranam / params | compile time |",
-        "| --- |" + " --- |" * 10,
+Facts = dict[str, Any]
+
+
+def measure(
+    workers: Sequence[Worker], setting: str, row: str, seconds: float, compilations: int
+) -> list[dict[str, Facts]]:
+    """What is known of both sides, of each worker; all of them take turns."""
+    found: list[dict[str, Facts]] = [{} for _ in workers]
+    turns = [
+        (w, f, side) for w, f in zip(workers, found, strict=True) for side in SIDES
     ]
-    for setting, rows in results.items():
-        for row, r in rows.items():
-            adam, ours = r["adam"], r["pranam"]
-            lines.append(
-                f"| {setting} | {row} | {adam['time'] * 1e3:.2f} ms "
-                f"| {ours['time'] * 1e3:.2f} ms | {ours['time'] / adam['time']:.2f} "
-                f"| {r['floor'] * 1e3:.2f} ms "
-                f"| {ours['flops'] / adam['flops']:.2f} "
-                f"| {ours['bytes'] / adam['bytes']:.2f} "
-                f"| {adam['temporary'] / adam['params']:.2f}, "
-                f"{ours['temporary'] / ours['params']:.2f} | {r['state']:.3f} "
-                f"| {ours['compile'] / adam['compile']:.1f} |"
-            )
-    return "\n".join(lines)
+    for _ in range(compilations):
+        for worker, facts, side in turns:
+            new = worker.ask("compile", setting, row, side)
+            old = facts.get(side, new)
+            facts[side] = new | {"compile": min(new["compile"], old["compile"])}
+    start, rounds = time.perf_counter(), 0
+    while rounds < 5 or time.perf_counter() - start < seconds:
+        rounds += 1
+        for worker, facts, side in turns:
+            taken = worker.ask("run", side)
+            facts[side]["time"] = min(facts[side].get("time", taken), taken)
+    return found
+
+
+HEADER = (
+    "| setting | | Adam | pranam + Adam | ratio | flops | bytes "
+    "| temporary memory / params | state of pranam / params | compile time |\n"
+    "| --- |" + " --- |" * 9
+)
+HEADER_AGAINST = (
+    "| setting | | before | after | ratio | compile time before | after | ratio "
+    "| ratio of Adam alone |\n| --- |" + " --- |" * 8
+)
+
+
+def line(setting: str, row: str, facts: dict[str, Facts]) -> str:
+    adam, ours = (facts[side] for side in SIDES)
+    held = ours["params"]
+
+    def ratio(name: str) -> str:
+        return f"{ours[name] / adam[name]:.2f}"
+
+    return (
+        f"| {setting} | {row} | {adam['time'] * 1e3:.2f} ms "
+        f"| {ours['time'] * 1e3:.2f} ms | {ratio('time')} "
+        f"| {ratio('flops')} | {ratio('bytes')} "
+        f"| {adam['temporary'] / held:.2f}, {ours['temporary'] / held:.2f} "
+        f"| {(ours['state'] - adam['state']) / held:.3f} | {ratio('compile')} |"
+    )
+
+
+def line_against(setting: str, row: str, found: Sequence[dict[str, Facts]]) -> str:
+    (adam, old), (same, new) = ([facts[side] for side in SIDES] for facts in found)
+    return (
+        f"| {setting} | {row} | {old['time'] * 1e3:.2f} ms "
+        f"| {new['time'] * 1e3:.2f} ms | {new['time'] / old['time']:.2f} "
+        f"| {old['compile']:.2f} s | {new['compile']:.2f} s "
+        f"| {new['compile'] / old['compile']:.2f} | {same['time'] / adam['time']:.2f} |"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, help="write all figures as JSON")
+    parser.add_argument("--against", type=Path, help="another checkout: ratios to it")
+    parser.add_argument("--settings", nargs="*", help="their names; default all")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each line")
+    parser.add_argument("--compilations", type=int, default=3, help="of each program")
     parser.add_argument("--quick", action="store_true", help="small, to try the code")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    settings = QUICK if args.quick else SETTINGS
-    results = {
-        name: measure(make(), 0.2 if args.quick else 10.0)
-        for name, make in tqdm(settings.items(), unit="setting")
-    }
-    print("\nColumns from flops on are ratios of pranam + Adam to Adam, if not said.\n")
+    if args.serve:
+        serve()
+        return
+    settings = args.settings or list(QUICK if args.quick else SETTINGS)
+    if args.quick:
+        args.seconds, args.compilations = 0.2, 1
+    checkouts = [HERE] if args.against is None else [args.against.resolve(), HERE]
+    workers = [Worker(checkout) for checkout in checkouts]
     print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)")
-    print(table(results))
-    print()
-    for dim in (1_000,) if args.quick else (1_000, 10_000, 100_000):
-        print(doubling(dim, 16, 0.2 if args.quick else 10.0))
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=1))
+    lines = [HEADER_AGAINST if args.against else HEADER]
+    for setting in tqdm(settings, unit="setting"):
+        for row in ROWS:
+            found = measure(workers, setting, row, args.seconds, args.compilations)
+            if args.against:
+                lines.append(line_against(setting, row, found))
+            else:
+                lines.append(line(setting, row, found[0]))
+    for worker in workers:
+        worker.close()
+    print(
+        "\nColumns from flops on are ratios of pranam + Adam to Adam, if not said."
+        if not args.against
+        else ""
+    )
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

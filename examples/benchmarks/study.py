@@ -17,29 +17,28 @@ import argparse
 import fnmatch
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
+import _paths  # noqa: F401
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from blackbox import PEERS, run_peer
-from methods import METHODS, OPTIMIZERS, PRESETS, rate_unit
+from methods import MAIN_METHODS, METHODS, OPTIMIZERS, Method, Optimizer, rate_unit
+from peers import PEERS, Peer, search
 from stats import geometric_mean
 from tasks import Task, make_tasks
 from tqdm import tqdm
 
 import pranam_optax
 
-ALL = {**METHODS, **PRESETS}
-
-# The full study: problems, optimizers and methods; 1004 cells. Those of functions take
-# seconds on one core, those of models 10 s to 5 minutes.
+# The full study: problems, optimizers and methods. Cells of functions take seconds on
+# one core, those of models 10 s to 5 minutes.
 MAIN = ("* 30 rotated", "polynomial", "tanh *", "relu *", "MNIST 10-10")
 FOUR = ("Adam", "SGD", "Adagrad", "RMSProp")
 CONTROLLED = ("independent", "normalised", "pranam")
@@ -47,7 +46,7 @@ NETWORKS = ("s1 r0.3", "s1 r0.3, resampled")
 RESAMPLED = ("resampled", "normalised, resampled")
 PEERS_100 = ("CMA-ES", "Sep-CMA-ES", "multi-start L-BFGS", "differential evolution")
 FULL = (
-    (MAIN, ("Adam",), tuple(METHODS)),
+    (MAIN, ("Adam",), tuple(MAIN_METHODS)),
     (MAIN, FOUR, CONTROLLED),
     (("* 10 rotated",), FOUR, CONTROLLED),
     (("* 30", "* 100 rotated", "* 1000"), ("Adam",), CONTROLLED),
@@ -111,13 +110,13 @@ QUICK = Setting(
     optimization_level=0,
 )
 QUICK_PROBLEMS = ("Ackley 10 rotated", "tanh 4-5-1")
-QUICK_METHODS = (*METHODS, "multi-start L-BFGS", "consensus")
+QUICK_METHODS = ("independent", "pranam", "resampled", "consensus")
 
 
 class Start(NamedTuple):
     """What all methods share in a run."""
 
-    problem: Any
+    instance: Any
     params: Any
     batches: jax.Array
 
@@ -142,12 +141,12 @@ def make_starts(task: Task, seeds: Sequence[int]) -> Start:
     """The starts for these seeds, stacked."""
 
     def start(key: jax.Array) -> Start:
-        problem_key, replica_key, batch_key = jax.random.split(key, 3)
+        instance_key, replica_key, batch_key = jax.random.split(key, 3)
         steps: tuple[int, ...] = (task.num_steps,)
         if task.batch == "split":  # a key for each replica
             steps += (task.num_replicas,)
         return Start(
-            task.draw(problem_key),
+            task.draw(instance_key),
             pranam_optax.replicate(task.init, replica_key, task.num_replicas),
             jax.random.split(batch_key, steps),
         )
@@ -168,59 +167,43 @@ def pick(starts: Start, seeds: Any) -> Start:
     return jax.tree.map(lambda x: x[seeds], starts)
 
 
-def train(
-    task: Task,
-    method: str,
-    optimizer: str,
-    data: Any,
-    start: Start,
-    rate: jax.Array | float,
-    watch: Callable[[jax.Array, Any], Any],
-) -> tuple[Any, Any]:
-    """Params at the end of a training run, and watch(values, state) of each step."""
-
-    def loss(params: Any, key: jax.Array) -> jax.Array:
-        # One key for all replicas, or this replica's share: a single one.
-        return task.loss(data, start.problem, params, jnp.ravel(key)[0])
-
-    grad_fn = pranam_optax.replica_value_and_grad(loss, batch=task.batch)
-    first = grad_fn(start.params, start.batches[0])[1]
-    unit = rate_unit(method, optimizer, start.params, first)
-    schedule = optax.cosine_decay_schedule(rate * unit, task.num_steps)
-    inner = OPTIMIZERS[optimizer](schedule)
-    whole = ALL[method](inner, task.num_steps, task.num_replicas)
-    tx = optax.with_extra_args_support(whole)
-
-    def step(carry: Any, key: jax.Array) -> Any:
-        params, state = carry
-        values, grads = grad_fn(params, key)
-        updates, state = tx.update(grads, state, params, values=values)
-        return (optax.apply_updates(params, updates), state), watch(values, state)
-
-    carry = start.params, tx.init(start.params)
-    (params, _), watched = jax.lax.scan(step, carry, start.batches)
-    return params, watched
-
-
 def make_run(
-    task: Task, method: str, optimizer: str, num_points: int
+    task: Task, method: Method, optimizer: Optimizer, num_points: int
 ) -> Callable[[Any, Start, jax.Array], Outcome]:
     """A training run: (data, start, learning rate) to its outcome."""
 
-    def levels(values: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
-        level = values - task.minimum
-        return level.mean(), level.min()
-
     def run(data: Any, start: Start, rate: jax.Array) -> Outcome:
-        params, curves = train(task, method, optimizer, data, start, rate, levels)
+        def loss(params: Any, key: jax.Array) -> jax.Array:
+            # One key for all replicas, or this replica's share: a single one.
+            return task.loss(data, start.instance, params, jnp.ravel(key)[0])
+
+        grad_fn = pranam_optax.replica_value_and_grad(loss, batch=task.batch)
+        first = grad_fn(start.params, start.batches[0])[1]
+        unit = rate_unit(method, optimizer, start.params, first)
+        schedule = optax.cosine_decay_schedule(rate * unit, task.num_steps)
+        inner = optimizer.make(schedule)
+        tx = optax.with_extra_args_support(
+            method.make(inner, task.num_steps, task.num_replicas)
+        )
+
+        def step(carry: Any, key: jax.Array) -> Any:
+            params, state = carry
+            values, grads = grad_fn(params, key)
+            updates, state = tx.update(grads, state, params, values=values)
+            level = values - task.minimum
+            params = optax.apply_updates(params, updates)
+            return (params, state), (level.mean(), level.min())
+
+        carry = start.params, tx.init(start.params)
+        (params, _), curves = jax.lax.scan(step, carry, start.batches)
         points = np.linspace(0, task.num_steps - 1, num_points).round().astype(int)
         means, bests = (curve[points] for curve in curves)
         evaluate = partial(jax.lax.map, xs=params, batch_size=task.num_replicas)
-        scores = evaluate(partial(task.score, data, start.problem))
+        scores = evaluate(partial(task.score, data, start.instance))
         if task.accuracy is None:
             accuracies = jnp.full_like(scores, jnp.nan)
         else:
-            accuracies = evaluate(partial(task.accuracy, data, start.problem))
+            accuracies = evaluate(partial(task.accuracy, data, start.instance))
         return Outcome(scores, accuracies, means, bests)
 
     return run
@@ -258,8 +241,8 @@ def short(values: np.ndarray) -> Any:
 
 def compare(
     task: Task,
-    method: str,
-    optimizer: str,
+    method: Method,
+    optimizer: Optimizer,
     starts: Start,
     num_tuning: int,
     setting: Setting,
@@ -295,6 +278,30 @@ def compare(
     }
 
 
+def run_peer(
+    task: Task, peer: Peer, instances: Any, gradient_cost: int = 1
+) -> dict[str, Any]:
+    """The lowest score that a peer reaches on each instance.
+
+    It may spend as many evaluations as the gradients of the task's steps count for.
+    """
+    assert task.box is not None
+    budget = task.num_replicas * task.num_steps * gradient_cost
+    scores = []
+    for seed in range(len(jax.tree.leaves(instances)[0])):
+        instance = jax.tree.map(lambda x, seed=seed: x[seed], instances)
+        found = search(
+            peer,
+            partial(task.score, task.data, instance),
+            *task.box,
+            num_evaluations=budget,
+            seed=seed,
+            gradient_cost=gradient_cost,
+        )
+        scores.append([found.value])
+    return {"scores": scores, "budget": budget}
+
+
 def save(path: Path, results: Results) -> None:
     """Renamed when whole, so that a killed study leaves no broken file."""
     partial_path = path.with_suffix(".partial")
@@ -302,39 +309,34 @@ def save(path: Path, results: Results) -> None:
     partial_path.rename(path)
 
 
-def select(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+def select(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
 
 
-def cells(
-    problems: Sequence[str], optimizers: Sequence[str], methods: Sequence[str]
-) -> Iterator[tuple[str, str, str]]:
-    """Problem, optimizer and method of each cell; peers have no optimizer."""
-    for problem in problems:
-        for optimizer in optimizers:
-            for method in methods:
-                if method in ALL:
-                    yield problem, optimizer, method
-        for method in methods:
-            if method in PEERS:
-                yield problem, "-", method
-
-
 def study(
-    makers: dict[str, Callable[[], Task]],
-    optimizers: Sequence[str],
-    methods: Sequence[str],
+    tasks: Mapping[str, Callable[[], Task]],
+    methods: Mapping[str, Method | Peer],
+    optimizers: Mapping[str, Optimizer],
     setting: Setting,
     output: Path,
 ) -> Results:
-    """Computes the cells that the output file does not hold yet, several at a time."""
+    """Computes the cells that the output file does not hold yet, several at a time.
+
+    A cell is one task, optimizer and method. Methods that are none of ours, from
+    `peers.PEERS`, have no optimizer and run on tasks that have a box.
+    """
     results: Results = json.loads(output.read_text()) if output.exists() else {}
-    plan = {" | ".join(cell): cell for cell in cells(list(makers), optimizers, methods)}
+    plan = {}
+    for problem in tasks:
+        for name, method in methods.items():
+            ours = isinstance(method, Method)
+            for optimizer in optimizers if ours else ("-",):
+                plan[f"{problem} | {optimizer} | {name}"] = problem, optimizer, name
     order = list(dict.fromkeys([*results, *plan]))
 
     @lru_cache(maxsize=NUM_WORKERS)
     def prepare(problem: str) -> tuple[Task, Start, int]:
-        task = makers[problem]()
+        task = tasks[problem]()
         num_steps = (setting.num_steps or task.num_steps) // setting.gradient_cost
         task = task._replace(num_steps=num_steps)
         tuning_seeds = setting.tuning_seeds[: task.max_seeds[0]]
@@ -342,17 +344,19 @@ def study(
         starts = make_starts(task, [*tuning_seeds, *report_seeds])
         return task, starts, len(tuning_seeds)
 
-    def run(problem: str, optimizer: str, method: str) -> dict[str, Any] | None:
+    def run(problem: str, optimizer: str, name: str) -> dict[str, Any] | None:
         with TURN:
             task, starts, num_tuning = prepare(problem)
-        if method not in PEERS:
-            result = compare(task, method, optimizer, starts, num_tuning, setting)
+        method = methods[name]
+        if isinstance(method, Method):
+            base = optimizers[optimizer]
+            result = compare(task, method, base, starts, num_tuning, setting)
         elif task.box is None:
             return None
         else:
             with TURN:
                 report = pick(starts, slice(num_tuning, num_tuning + PEER_SEEDS))
-                result = run_peer(task, method, report.problem, setting.gradient_cost)
+                result = run_peer(task, method, report.instance, setting.gradient_cost)
         return result | {"kind": task.kind, "solved": task.solved}
 
     with (
@@ -386,6 +390,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default study.json")
     parser.add_argument("--data-dir", type=Path, help="folder with the data files")
     parser.add_argument("--report-seeds", type=int, default=20, help="at most")
+    parser.add_argument("--seed", type=int, default=100, help="first one reported")
     parser.add_argument(
         "--gradient-cost", type=int, default=1, help="evaluations per gradient"
     )
@@ -394,34 +399,32 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="list the names and stop")
     args = parser.parse_args()
 
-    makers = make_tasks(args.data_dir)
+    tasks = make_tasks(args.data_dir)
+    methods: dict[str, Method | Peer] = {**METHODS, **PEERS}
     if args.list:
-        for title, names in (
-            ("problems", makers),
-            ("optimizers", OPTIMIZERS),
-            ("methods", {**ALL, **PEERS}),
-        ):
-            print(f"{title}: {', '.join(names)}")
+        print("problems:", ", ".join(tasks))
+        print("optimizers:", ", ".join(OPTIMIZERS))
+        print("methods:", ", ".join(methods))
         return
     # Apart, so that no cell of a quick study passes for a finished one.
     output = args.output or Path("study_quick.json" if args.quick else "study.json")
-    setting = QUICK if args.quick else Setting()
+    setting = QUICK
     if not args.quick:
-        setting = setting._replace(
-            report_seeds=range(100, 100 + args.report_seeds),
+        setting = Setting(
+            report_seeds=range(args.seed, args.seed + args.report_seeds),
             gradient_cost=args.gradient_cost,
         )
     chosen = (
         args.problems or (QUICK_PROBLEMS if args.quick else ["*"]),
         args.optimizers,
-        args.methods or (QUICK_METHODS if args.quick else list(METHODS)),
+        args.methods or (QUICK_METHODS if args.quick else list(MAIN_METHODS)),
     )
     results: Results = {}
-    for problems, optimizers, methods in FULL if args.full else (chosen,):
+    for problems, optimizers, names in FULL if args.full else (chosen,):
         results = study(
-            {name: makers[name] for name in select(list(makers), problems)},
-            select(list(OPTIMIZERS), optimizers),
-            select([*ALL, *PEERS], methods),
+            {name: tasks[name] for name in select(tasks, problems)},
+            {name: methods[name] for name in select(methods, names)},
+            {name: OPTIMIZERS[name] for name in select(OPTIMIZERS, optimizers)},
             setting,
             output,
         )

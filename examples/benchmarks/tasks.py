@@ -1,27 +1,26 @@
 """The problems of the study: families of random instances, and how they are trained."""
 
-import sys
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import _paths  # noqa: F401
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-
-from pranam_optax import problems
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import nist
 import nist_problems
+import numpy as np
+import optax
 import potential_energy
 from flax_mnist import load_mnist
 from potential_energy import Fit
 
-Arrays = Any
+from pranam_optax import problems
+
+# The arrays of a random problem, such as a `problems.Problem`.
+Instance = Any
 
 
 class Task(NamedTuple):
@@ -29,17 +28,17 @@ class Task(NamedTuple):
 
     Attributes:
       kind: "multimodal", "unimodal" or "model".
-      draw: draws the arrays that define a problem, such as its rotation, from a key.
+      draw: draws an instance, a pytree, from a key.
       init: draws the params of one replica from a key.
-      loss: `loss(data, problem, params, key)` of one replica; the key draws a
+      loss: `loss(data, instance, params, key)` of one replica; the key draws a
         mini-batch, where there is one.
-      score: `score(data, problem, params)`, what is reported of one replica: the loss
+      score: `score(data, instance, params)`, what is reported of one replica: the loss
         over all data, or the height above the known minimum.
       solved: a replica with a lower score has solved the problem.
       floor: scores below it count as equal.
       minimum: of the loss.
       data: arrays that all instances share, such as images.
-      accuracy: `accuracy(data, problem, params)` on test data, where there is any.
+      accuracy: `accuracy(data, instance, params)` on test data, where there is any.
       max_seeds: how many seeds to tune on and to report at most.
       num_runs: how many runs are computed side by side.
       box: the box to search, for methods that need one.
@@ -47,17 +46,17 @@ class Task(NamedTuple):
     """
 
     kind: str
-    draw: Callable[[jax.Array], Arrays]
+    draw: Callable[[jax.Array], Instance]
     init: Callable[[jax.Array], Any]
-    loss: Callable[[Any, Arrays, Any, jax.Array], jax.Array]
-    score: Callable[[Any, Arrays, Any], jax.Array]
+    loss: Callable[[Any, Instance, Any, jax.Array], jax.Array]
+    score: Callable[[Any, Instance, Any], jax.Array]
     num_replicas: int
     num_steps: int
     solved: float
     floor: float
     minimum: float = 0.0
     data: Any = ()
-    accuracy: Callable[[Any, Arrays, Any], jax.Array] | None = None
+    accuracy: Callable[[Any, Instance, Any], jax.Array] | None = None
     max_seeds: tuple[int, int] = (5, 10)
     num_runs: int = 16
     box: tuple[np.ndarray, np.ndarray] | None = None
@@ -66,11 +65,12 @@ class Task(NamedTuple):
 
 def ellipsoid(dim: int) -> problems.Problem:
     """An ill-conditioned quadratic: condition number 10,000; minimum 0 at 0."""
-    weights = jnp.logspace(0, 4, dim)
     corner = jnp.full(dim, 5.0)
-    return problems.Problem(
-        lambda x: jnp.sum(weights * x**2), -corner, corner, jnp.zeros(dim), 0.0
-    )
+    return problems.Problem(stretched, -corner, corner, jnp.zeros(dim), 0.0)
+
+
+def stretched(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.logspace(0, 4, len(x)) * x**2)
 
 
 FUNCTIONS: dict[str, Callable[[int], problems.Problem]] = {
@@ -94,27 +94,12 @@ SOLVED = {"Griewank": 1e-3, "Rosenbrock": 1e-3, "sphere": 1e-3, "ellipsoid": 1e-
 def function(name: str, dim: int, rotated: bool, num_steps: int = 1000) -> Task:
     """Flipped and shifted (to the middle 40 % of the box) at random; or rotated too."""
     problem = FUNCTIONS[name](dim)
-
-    def draw(key: jax.Array) -> Arrays:
-        keys = jax.random.split(key, 3)
-        signs = jax.random.rademacher(keys[0], (dim,), float)
-        place = jax.random.uniform(keys[1], (dim,), float, 0.3, 0.7)
-        rotation = jax.random.orthogonal(keys[2], dim) if rotated else None
-        return signs, place, rotation
-
-    def make(arrays: Arrays) -> problems.Problem:
-        signs, place, rotation = arrays
-        flipped = problems.flip(problem, signs)
-        minimizer = problem.low + place * (problem.high - problem.low)
-        shifted = problems.shift(flipped, minimizer - flipped.minimizer)
-        return shifted if rotation is None else problems.rotate(shifted, rotation)
-
     return Task(
         "unimodal" if name in UNIMODAL else "multimodal",
-        draw,
+        lambda key: problems.randomize(problem, key, rotated=rotated),
         problem.init,
-        lambda data, arrays, x, key: make(arrays).fun(x),
-        lambda data, arrays, x: make(arrays).fun(x) - problem.minimum,
+        lambda data, instance, x, key: instance.fun(x),
+        lambda data, instance, x: instance.fun(x) - problem.minimum,
         num_replicas=64,
         num_steps=num_steps,
         solved=SOLVED.get(name, 0.1),
@@ -128,29 +113,16 @@ def function(name: str, dim: int, rotated: bool, num_steps: int = 1000) -> Task:
 
 def regression(
     make: Callable[[int | jax.Array], problems.Regression],
-    predict: Callable[[Any, jax.Array], jax.Array],
     num_steps: int = 1000,
     num_instances: int = 10,
 ) -> Task:
-    """A random model to recover from its output: an instance per seed.
-
-    `predict(params, x.T)` is the model once more, with the points on the last axis,
-    which is faster on a CPU.
-    """
-
-    def draw(key: jax.Array) -> Arrays:
-        drawn = make(key)
-        return drawn.x.T, drawn.y
-
-    def loss(data: Any, arrays: Arrays, params: Any) -> jax.Array:
-        return jnp.mean((predict(params, arrays[0]) - arrays[1]) ** 2)
-
+    """A random model to recover from its output: an instance per seed."""
     return Task(
         "model",
-        draw,
+        make,
         make(0).init,
-        lambda data, arrays, params, key: loss(data, arrays, params),
-        loss,
+        lambda data, instance, params, key: instance.loss(params),
+        lambda data, instance, params: instance.loss(params),
         num_replicas=32,
         num_steps=num_steps,
         solved=1e-4,
@@ -159,30 +131,13 @@ def regression(
     )
 
 
-def polynomial(params: jax.Array, x: jax.Array) -> jax.Array:
-    """Sum of products of linear forms; see `problems.polynomial_fit`."""
-    forms = params[..., :-1] @ x + params[..., -1:]
-    factors = [forms[:, k] for k in range(forms.shape[1])]
-    return jnp.sum(reduce(jnp.multiply, factors), axis=0)
-
-
-def network(
-    activation: Callable[[jax.Array], jax.Array], params: Any, x: jax.Array
-) -> jax.Array:
-    """A dense network; see `problems.teacher_network`."""
-    *hidden, last = params
-    for layer in hidden:
-        x = activation(layer["w"].T @ x + layer["b"][:, None])
-    return (last["w"].T @ x)[0] + last["b"]
-
-
 def teacher(
     features: Sequence[int],
     activation: Callable[[jax.Array], jax.Array],
     num_steps: int = 1000,
 ) -> Task:
     make = partial(problems.teacher_network, features=features, activation=activation)
-    return regression(make, partial(network, activation), num_steps)
+    return regression(make, num_steps)
 
 
 class Network(NamedTuple):
@@ -254,30 +209,32 @@ def mnist(
     network: Network,
     num_steps: int = 500,
     max_seeds: tuple[int, int] = (1, 5),
+    num_replicas: int = 16,
     batch_size: int = 128,
+    batch: Literal["shared", "split"] = "shared",
     data_dir: Path | None = None,
 ) -> Task:
-    """MNIST in mini-batches."""
+    """MNIST in mini-batches of `batch_size` images for each replica."""
 
     def mean_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(
             network.logits(params, x), y
         ).mean()
 
-    def batch_loss(data: Any, _: Arrays, params: Any, key: jax.Array) -> jax.Array:
-        batch = jax.random.randint(key, (batch_size,), 0, len(data.train_x))
-        return mean_loss(params, data.train_x[batch], data.train_y[batch])
+    def batch_loss(data: Any, _: Instance, params: Any, key: jax.Array) -> jax.Array:
+        drawn = jax.random.randint(key, (batch_size,), 0, len(data.train_x))
+        return mean_loss(params, data.train_x[drawn], data.train_y[drawn])
 
     def thousands(fun: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
         """Mean over the data, of which 1000 at a time fit into the caches."""
         parts = [x.reshape(-1, 1000, *x.shape[1:]) for x in arrays]
         return jax.lax.map(lambda part: fun(*part), parts).mean()
 
-    def score(data: Any, _: Arrays, params: Any) -> jax.Array:
+    def score(data: Any, _: Instance, params: Any) -> jax.Array:
         loss = partial(mean_loss, params)
         return thousands(loss, data.train_x, data.train_y)
 
-    def accuracy(data: Any, _: Arrays, params: Any) -> jax.Array:
+    def accuracy(data: Any, _: Instance, params: Any) -> jax.Array:
         def hits(x: jax.Array, y: jax.Array) -> jax.Array:
             return jnp.mean(network.logits(params, x).argmax(axis=-1) == y)
 
@@ -289,7 +246,7 @@ def mnist(
         network.init,
         batch_loss,
         score,
-        num_replicas=16,
+        num_replicas=num_replicas,
         num_steps=num_steps,
         solved=0.2,
         floor=1e-10,
@@ -297,6 +254,7 @@ def mnist(
         accuracy=accuracy,
         max_seeds=max_seeds,
         num_runs=1,
+        batch=batch,
     )
 
 
@@ -348,6 +306,19 @@ def nist_regression(name: str, data_dir: Path | None) -> Task:
 NIST = ("ENSO", "MGH09", "Thurber", "Eckerle4")
 
 
+# Replicas, images that each of them sees in a step, and whether all see the same.
+BATCHES: tuple[tuple[int, int, Literal["shared", "split"]], ...] = (
+    (4, 128, "shared"),
+    (4, 512, "shared"),
+    (4, 32, "shared"),
+    (4, 32, "split"),
+    (16, 8, "shared"),
+    (16, 8, "split"),
+    (16, 32, "shared"),
+    (16, 32, "split"),
+)
+
+
 def make_tasks(data_dir: Path | None = None) -> dict[str, Callable[[], Task]]:
     """All problems of the study by name, made when they are called."""
     tasks: dict[str, Callable[[], Task]] = {}
@@ -357,9 +328,7 @@ def make_tasks(data_dir: Path | None = None) -> dict[str, Callable[[], Task]]:
                 tasks[f"{name} {dim}"] = partial(function, name, dim, False)
             if dim < 1000:
                 tasks[f"{name} {dim} rotated"] = partial(function, name, dim, True)
-    tasks["polynomial"] = partial(
-        regression, problems.polynomial_fit, polynomial, num_instances=20
-    )
+    tasks["polynomial"] = partial(regression, problems.polynomial_fit, num_instances=20)
     for features in ((4, 5, 1), (5, 6, 6, 1), (8, 16, 1)):
         sizes = "-".join(map(str, features))
         tasks[f"tanh {sizes}"] = partial(teacher, features, jnp.tanh)
@@ -369,6 +338,16 @@ def make_tasks(data_dir: Path | None = None) -> dict[str, Callable[[], Task]]:
     tasks["MNIST conv"] = partial(
         mnist, convolutional((4, 4, 8), (3, 2, 16)), 200, (1, 3), data_dir=data_dir
     )
+    for num, size, batch in BATCHES:
+        tasks[f"MNIST 10-10, R = {num}, {size} each, {batch}"] = partial(
+            mnist,
+            dense(10, 10),
+            max_seeds=(1, 3),
+            num_replicas=num,
+            batch_size=size,
+            batch=batch,
+            data_dir=data_dir,
+        )
     for name in ("H2+, 3 Gaussians", "H2O, Morse and bend", "H2O, 3-4-1 network"):
         tasks[name] = partial(potential, name, data_dir)
     for name in NIST:
