@@ -18,12 +18,13 @@ from pranam_optax._tree import (
     check_same,
     compute_dtype,
     deviations,
+    divide,
     gram,
     largest_entry,
+    leaves_of,
     mask_replicas,
     replica_mean,
     safe_sqrt,
-    scale,
     squared_norms,
     subtract,
     sum_of_squares,
@@ -202,20 +203,31 @@ def check_update(
             f"state must be the {kind.__name__} that tx.init(params) returns, got "
             f"{type(state).__name__}; the order is tx.update(grads, state, params)"
         )
-    check_state(state, params, apply)
+    check_state(state, params)
+    check_same(params, made_by(apply, state), "params", "the state's embedding")
     check_shardings(updates, params)
 
 
-def check_state(state: Any, params: PyTree, apply: Callable[[Any], PyTree]) -> None:
-    """Checks that the embedding in a state was made for these params."""
+def check_state(state: Any, params: PyTree) -> None:
+    """Checks that a state was made for as many replicas of as many weights."""
     num_replicas = check_replicas(params, "params")
     if state.nonfinite.shape != (num_replicas,):
         raise ValueError(
             f"params has {num_replicas} replicas, but the state was initialised for "
             f"{state.nonfinite.shape[0]}"
         )
+    if hasattr(state.phi, "heads"):
+        shape = jax.ShapeDtypeStruct
+        made = jax.tree.map(
+            lambda x: shape((num_replicas, *x.shape[1:]), x.dtype), state.phi.heads
+        )
+        leaves_of(made, params, "params")
+
+
+def made_by(apply: Callable[[Any], PyTree], state: Any) -> PyTree:
+    """Shapes of what the embedding in a state makes."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.phi)
-    check_same(params, jax.eval_shape(apply, shapes), "params", "the state's embedding")
+    return jax.eval_shape(apply, shapes)
 
 
 def is_state(node: Any) -> bool:
@@ -363,12 +375,12 @@ def _principal_directions(
       for directions in which the replicas do not differ beyond rounding.
     """
     unit = largest_entry(tree)
-    products = gram(scale(1 / unit, tree))
+    products = gram(divide(tree, unit))
     num_replicas, eps = len(products), jnp.finfo(products.dtype).eps
     vectors = _leading_eigenvectors(products, min(width, num_replicas))
     vectors = jnp.pad(vectors, ((0, 0), (0, width - vectors.shape[1])))
     projections = jax.tree.map(lambda x: _matmul(vectors.T, x), tree)
-    norms = safe_sqrt(squared_norms(scale(1 / unit, projections)))
+    norms = safe_sqrt(squared_norms(divide(projections, unit)))
     rounding = 4 * num_replicas * eps * jnp.sqrt(jnp.trace(products))
     return vectors, projections, unit * jnp.where(norms > rounding, norms, 0.0)
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial, keystr
+from jax.tree_util import Partial
 
 from pranam_optax._embedding import Embedding, check_embedding, find_state
 from pranam_optax._replicas import alive, check_values
@@ -15,8 +15,10 @@ from pranam_optax._tree import (
     PyTree,
     check_replicas,
     deviations,
+    divide,
     gram,
     largest_entry,
+    leaves_of,
     mask_replicas,
     positive,
     reciprocal,
@@ -62,6 +64,8 @@ def replica_metrics(
       - `effective_rank`: :math:`\exp(-\sum_i p_i \log p_i)`, where :math:`p_i` are the
         singular values of the deviations from the mean, over their sum: from 1
         (replicas on a line) to R - 1 (in all directions alike); 0 if all are the same.
+        Of more than 1024 replicas of more than 1024 weights, that of every second,
+        third, ... replica.
       - with values, `loss_mean`, `loss_std`, `loss_min` and `loss_max`.
       - with grads, `gradient_rms` and `gradient_cosine`, the mean cosine between the
         gradients of two replicas: 1 where all agree, 0 where they have nothing in
@@ -132,7 +136,7 @@ def _metrics(
         }
     if grads is not None:
         unit = largest_entry(grads, living)
-        gradients = scale(1 / unit, mask_replicas(living, grads))
+        gradients = divide(mask_replicas(living, grads), unit)
         directions = _directions(gradients)
         count = jnp.sum(living).astype(unit.dtype)
         together = sum_of_squares(replica_mean(directions, living)) * count**2
@@ -142,14 +146,17 @@ def _metrics(
             "gradient_cosine": (together - sum_of_squares(directions)) / pairs,
         }
     if node is not None:
-        made = _by_path(apply(node.phi))
-        pull = mask_replicas(living, subtract(_like(made, weights), made))
+        made = apply(node.phi)
+        ours = leaves_of(made, weights, "params")
+        pull = subtract(ours, leaves_of(made, made, "params"))
+        pull = mask_replicas(living, pull)
         metrics |= {
             "embedding_distance": rms(pull, living),
             "nonfinite": jnp.sum(node.nonfinite),
         }
         if grads is not None:
-            cosines = _products(_directions(_like(made, gradients)), _directions(pull))
+            along = _directions(leaves_of(made, gradients, "grads"))
+            cosines = _products(along, _directions(pull))
             metrics["pull_cosine"] = jnp.mean(cosines, where=living)
     none = jnp.sum(living) == 0
     return {
@@ -158,24 +165,9 @@ def _metrics(
     }
 
 
+# Replicas from which the effective rank is computed; the time grows with the cube.
+_MAX_RANK = 1024
 _COUNTS = ("dead", "duplicates", "nonfinite")
-
-
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {keystr(path): leaf for path, leaf in leaves}
-
-
-def _like(made: dict[str, Any], tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree that the embedding makes: all but masked ones."""
-    leaves = _by_path(tree)
-    for path, leaf in made.items():
-        if path not in leaves or leaves[path].shape != leaf.shape:
-            raise ValueError(
-                f"the state's embedding makes a leaf {path} of shape {leaf.shape}, "
-                "which params and grads must have too"
-            )
-    return {path: leaves[path] for path in made}
 
 
 def _directions(tree: PyTree) -> PyTree:
@@ -192,12 +184,13 @@ def _products(x: PyTree, y: PyTree) -> jax.Array:
 def _effective_rank(distances: PyTree) -> jax.Array:
     """exp of the entropy of the singular values of the distances from the mean."""
     unit = largest_entry(distances)
-    leaves = [
-        x.reshape(len(x), -1) for x in jax.tree.leaves(scale(1 / unit, distances))
-    ]
-    if sum(x.shape[1] for x in leaves) < len(leaves[0]):
-        # Fewer weights than replicas: the other Gram matrix is smaller.
+    scaled = jax.tree.leaves(divide(distances, unit))
+    leaves = [x.reshape(len(x), -1) for x in scaled]
+    num_replicas, size = len(leaves[0]), sum(x.shape[1] for x in leaves)
+    if size < num_replicas:  # the other Gram matrix is smaller
         leaves = [jnp.concatenate([x.astype(unit.dtype) for x in leaves], axis=1).T]
+    elif num_replicas > _MAX_RANK:
+        leaves = [x[:: -(-num_replicas // _MAX_RANK)] for x in leaves]
     eigenvalues = jnp.linalg.eigvalsh(gram(leaves))
     eps = jnp.finfo(eigenvalues.dtype).eps
     rounding = len(eigenvalues) * eps * jnp.max(eigenvalues)

@@ -17,6 +17,7 @@ from pranam_optax._tree import (
     check_replicas,
     compute_dtype,
     deviations,
+    divide,
     gram,
     is_traced,
     largest_entry,
@@ -162,7 +163,7 @@ def pranam(
         c, s = each_replica(coupling, "coupling", updates), jnp.asarray(s, float)
         living = alive(params, updates) & jnp.isfinite(c) & jnp.isfinite(s)
         unit = largest_entry(updates, living)
-        gradients = scale(1 / unit, mask_replicas(living, updates, like=params))
+        gradients = divide(mask_replicas(living, updates, like=params), unit)
         weights = mask_replicas(living, params, like=updates)
         gradient_rms, weight_rms = rms(gradients, living), rms(weights, living)
         dtype, rounding = weight_rms.dtype, 8 * jnp.finfo(weight_rms.dtype).eps
@@ -232,7 +233,7 @@ def projection_step(
     gradient = jax.grad(loss)(phi)
     # Along d = grad l / max|grad l|, since the squares of grad l itself may overflow.
     unit = largest_entry(gradient)
-    d = scale(1 / unit, gradient)
+    d = divide(gradient, unit)
     slope = _squared_slope(embedding, phi, d, living)
     length = unit * sum_of_squares(d) * reciprocal(slope)
     # Where even that overflows, better no step than one that ends at infinity.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pranam_optax._embedding import check_state, is_state
 from pranam_optax._replicas import alive, check_values
 from pranam_optax._revive import copy_rows
 from pranam_optax._sharding import auto_axes
@@ -71,6 +72,8 @@ def resample_replicas(
     """
     num_replicas = check_replicas(params, "params")
     values = check_values(values, num_replicas)
+    for node in filter(is_state, jax.tree.leaves(state, is_leaf=is_state)):
+        check_state(node, params)
     if not 0 <= part <= 0.5:
         raise ValueError(f"part must be in [0, 0.5], got {part!r}")
     if not is_traced(pull) and not (np.ndim(pull) == 0 and 0 <= float(pull) <= 1):

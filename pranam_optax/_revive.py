@@ -14,6 +14,7 @@ from pranam_optax._embedding import (
     check_state,
     find_state,
     is_state,
+    made_by,
 )
 from pranam_optax._replicas import alive, as_key, check_values
 from pranam_optax._sharding import auto_axes
@@ -25,6 +26,7 @@ from pranam_optax._tree import (
     compute_dtype,
     deviations,
     leaf_dtype,
+    leaves_of,
     mask_replicas,
     replica_mean,
     shapes_by_path,
@@ -105,7 +107,8 @@ def revive_replicas(
             "revive_replicas needs an embedding with one code per replica, phi.table "
             f"of shape [R, K]; phi is a {type(node.phi).__name__}"
         )
-    check_state(node, params, embedding.apply)
+    check_state(node, params)
+    leaves_of(made_by(embedding.apply, node), params, "params")
     if values is not None:
         values = check_values(values, num_replicas)
     apply = Partial(embedding.apply)

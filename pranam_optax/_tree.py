@@ -97,6 +97,26 @@ def check_same(ours: PyTree, theirs: PyTree, our_name: str, their_name: str) -> 
         )
 
 
+def leaves_of(made: PyTree, tree: PyTree, name: str) -> dict[str, Any]:
+    """The leaves of a tree that an embedding makes, by path: all but masked ones.
+
+    Raises:
+      ValueError: for a leaf that is made in another shape, or is not in the tree.
+    """
+    ours, theirs = (
+        {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
+        for t in (tree, made)
+    )
+    for path, leaf in theirs.items():
+        if path not in ours or jnp.shape(ours[path]) != leaf.shape:
+            found = _describe(jnp.shape(ours[path]) if path in ours else None)
+            raise ValueError(
+                f"the state's embedding makes {name}{path} of shape {leaf.shape}, but "
+                f"{name}{path} {found}"
+            )
+    return {path: ours[path] for path in theirs}
+
+
 def shapes_by_path(tree: PyTree) -> dict[Any, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path: jnp.shape(leaf) for path, leaf in leaves}
@@ -146,6 +166,16 @@ def times(factor: jax.Array, leaf: jax.Array) -> jax.Array:
 def scale(factor: jax.Array, tree: PyTree) -> PyTree:
     """A scalar, or one factor per replica, times a tree."""
     return jax.tree.map(lambda x: times(factor, x), tree)
+
+
+def divide(tree: PyTree, unit: jax.Array) -> PyTree:
+    """A tree over a number whose reciprocal may underflow."""
+
+    def quotient(x: jax.Array) -> jax.Array:
+        dtype = compute_dtype(unit, x)
+        return (x.astype(dtype) / unit.astype(dtype)).astype(x.dtype)
+
+    return jax.tree.map(quotient, tree)
 
 
 def positive(x: jax.Array) -> jax.Array:
