@@ -25,7 +25,7 @@ from pranam_optax.fitting._coordinates import (
     working_dtype,
 )
 from pranam_optax.fitting._mesh import with_auto_axes
-from pranam_optax.fitting._polish import Function, Polish, second_order
+from pranam_optax.fitting._polish import Function, Polish, check_polish, second_order
 from pranam_optax.fitting._result import MinimizeResult
 from pranam_optax.fitting._trace import (
     call,
@@ -231,11 +231,7 @@ def search(
         num_steps=check_count(options.num_steps, "num_steps"),
     )
     polish = options.polish
-    if not (polish is None or callable(polish)):
-        raise ValueError(
-            "polish must be a function such as fitting.lbfgs(), or None, got "
-            f"{polish!r}"
-        )
+    check_polish(polish, residuals is not None)
     start_key, key = jax.random.split(as_key(options.key))
     first, draw, box = _make_starts(init, bounds, start_key)
     problem = _Problem(

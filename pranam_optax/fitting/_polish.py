@@ -126,20 +126,10 @@ class _LevenbergMarquardt(_Polish):
     def __call__(
         self, fun: Function, residuals: Function | None, params: PyTree
     ) -> Polished:
-        if residuals is None:
-            raise ValueError(
-                "levenberg_marquardt is for least squares, which is fit without a "
-                "loss; otherwise use lbfgs"
-            )
-        try:
-            import lineax
-            import optimistix
-        except ImportError as error:
-            raise ImportError(
-                "levenberg_marquardt needs optimistix: pip install "
-                "'pranam-optax[fit]', or pass polish=fitting.lbfgs()"
-            ) from error
+        import lineax
+        import optimistix
 
+        assert residuals is not None
         eps = float(jnp.finfo(jax.tree.leaves(params)[0].dtype).eps)
         # Cholesky of the damped normal equations: several times faster in a batch than
         # the default QR, and the damping makes up for what it loses.
@@ -161,3 +151,26 @@ class _LevenbergMarquardt(_Polish):
             return Polished(solution.value, jnp.asarray(steps, jnp.int32))
 
         return jax.vmap(refine)(params)
+
+
+def check_polish(polish: Polish | None, least_squares: bool) -> None:
+    """Checks, before anything is compiled, that a refinement can be used."""
+    if not (polish is None or callable(polish)):
+        raise ValueError(
+            "polish must be a function such as fitting.lbfgs(), or None, got "
+            f"{polish!r}"
+        )
+    if isinstance(polish, _LevenbergMarquardt) and not least_squares:
+        raise ValueError(
+            "levenberg_marquardt is for least squares, which is fit without a loss; "
+            "otherwise use lbfgs"
+        )
+    default = isinstance(polish, _SecondOrder) and least_squares
+    if default or isinstance(polish, _LevenbergMarquardt):
+        try:
+            import optimistix  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "levenberg_marquardt needs optimistix: pip install "
+                "'pranam-optax[fit]', or pass polish=fitting.lbfgs()"
+            ) from error
