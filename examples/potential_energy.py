@@ -25,6 +25,7 @@ from datasets import Source, find
 from tqdm import tqdm
 
 import pranam_optax
+from pranam_optax.fitting import FitResult, levenberg_marquardt
 
 FILES = {
     "h2plus_1ssg_0_0_1.dat": Source(
@@ -130,7 +131,7 @@ def study(fit: Fit, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         return np.sqrt(np.asarray(rss) / len(fit.y))
 
     @jax.jit
-    def run(key: jax.Array) -> pranam_optax.FitResult:
+    def run(key: jax.Array) -> FitResult:
         return pranam_optax.fit(
             fit.model,
             fit.x,
@@ -139,7 +140,7 @@ def study(fit: Fit, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
             key=key,
             num_replicas=args.replicas,
             num_steps=args.steps,
-            polish_steps=args.polish_steps,
+            polish=levenberg_marquardt(args.polish_steps),
         )
 
     results = [run(jax.random.key(seed)) for seed in range(args.seeds)]
@@ -238,7 +239,9 @@ def main() -> None:
     parser.add_argument("--polish-steps", type=int, default=300)
     parser.add_argument("--starts", type=int, default=500, help="of LM, pooled")
     parser.add_argument("--only", help="part of a fit's name")
-    parser.add_argument("--quick", action="store_true", help="two small runs of each")
+    parser.add_argument(
+        "--quick", action="store_true", help="two small runs of one fit"
+    )
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     if args.quick:
@@ -246,7 +249,8 @@ def main() -> None:
         args.replicas, args.steps, args.polish_steps = 8, 50, 20
 
     jax.config.update("jax_enable_x64", True)
-    fits = {k: v for k, v in load(args.data_dir).items() if (args.only or "") in k}
+    part = args.only or ("Morse" if args.quick else "")
+    fits = {name: fit for name, fit in load(args.data_dir).items() if part in name}
     bests = {}
     print(HEADER)
     with tqdm(fits.items(), unit="fit") as progress:

@@ -18,6 +18,7 @@ import numpy as np
 import peers
 
 import pranam_optax
+from pranam_optax import fitting
 
 POINTS = 50
 
@@ -66,9 +67,14 @@ def main() -> None:
 
     print("| 64 replicas, 20 parameters | with compilation | compiled | value |")
     print("| --- | --- | --- | --- |")
-    for polish in (None, "lm", "lbfgs"):
+    polishes = {
+        "Levenberg-Marquardt": fitting.levenberg_marquardt(),
+        "none": None,
+        "L-BFGS": fitting.lbfgs(),
+    }
+    for name, polish in list(polishes.items())[: 1 if args.quick else None]:
 
-        def run(key: int = 0) -> pranam_optax.FitResult:
+        def run(key: int = 0) -> fitting.FitResult:
             return pranam_optax.fit(
                 model,
                 x,
@@ -83,11 +89,11 @@ def main() -> None:
         compiled = least(run, args.repeats)
         result = run()
         print(
-            f"| {args.steps} steps, polish {polish} | {first:.2f} s "
+            f"| {args.steps} steps, polish: {name} | {first:.2f} s "
             f"| {compiled:.3f} s | {float(result.value):.4g} |",
             flush=True,
         )
-        if polish == "lm":
+        if name == "Levenberg-Marquardt":
             budget, ours = int(result.num_evaluations), compiled
     begin = time.perf_counter()
     found = peers.search(

@@ -110,7 +110,7 @@ QUICK = Setting(
     optimization_level=0,
 )
 QUICK_PROBLEMS = ("Ackley 10 rotated", "tanh 4-5-1")
-QUICK_METHODS = ("independent", "pranam", "resampled", "consensus")
+QUICK_METHODS = ("independent", "resampled", "consensus")
 
 
 class Start(NamedTuple):
