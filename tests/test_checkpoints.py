@@ -109,7 +109,7 @@ def make_run(num_replicas=8, features=(3,), num_devices=1):
 
 def test_a_checkpoint_is_restored_to_other_devices(manager):
     saved = make_run(num_devices=8)
-    checkpointing.save(manager, 5, saved)
+    manager.save(5, args=ocp.args.StandardSave(saved))
     manager.wait_until_finished()
     for num_devices in (8, 2):
         like = make_run(num_devices=num_devices)
@@ -121,7 +121,7 @@ def test_a_checkpoint_is_restored_to_other_devices(manager):
 
 
 def test_what_changed_is_named(manager):
-    checkpointing.save(manager, 5, make_run())
+    manager.save(5, args=ocp.args.StandardSave(make_run()))
     manager.wait_until_finished()
 
     def changes(**kwargs):
@@ -133,20 +133,16 @@ def test_what_changed_is_named(manager):
             for line in str(error.value).splitlines()[1:]
         }
 
-    phi = ".state[0].phi"
+    phi = "state.0.phi"
     wider = changes(features=(4,))
-    assert wider.keys() == {
-        f"{phi}.heads['w']",
-        f"{phi}.heads['b']",
-        f"{phi}.table",
-    }
-    assert "float32[8, 3] there, float32[8, 4] here" in wider[f"{phi}.table"]
+    assert wider.keys() == {f"{phi}.heads.w", f"{phi}.heads.b", f"{phi}.table"}
+    assert wider[f"{phi}.table"] == "float32[8, 3] there, float32[8, 4] here"
     more = changes(num_replicas=16)
-    assert "float32[8] there, float32[16] here" in more[".params['b']"]
-    assert "int32[8] there, int32[16] here" in more[".state[0].nonfinite"]
-    assert f"{phi}.heads['w']" not in more
+    assert more["params.b"] == "float32[8] there, float32[16] here"
+    assert more["state.0.nonfinite"] == "int32[8] there, int32[16] here"
+    assert f"{phi}.heads.w" not in more
     deeper = changes(features=(3, 3))
-    assert "missing there, float32[3] here" in deeper[f"{phi}.trunk[0].bias"]
+    assert deeper[f"{phi}.trunk.0.bias"] == "missing there, float32[3] here"
 
 
 # The example as a program, killed
