@@ -128,10 +128,8 @@ def test_what_changed_is_named(manager):
         like = jax.eval_shape(lambda: make_run(**kwargs))
         with pytest.raises(ValueError, match="the checkpoint is of another") as error:
             checkpointing.restore(manager, 5, like)
-        return {
-            line.split(" is ")[0].strip(): line
-            for line in str(error.value).splitlines()[1:]
-        }
+        _, *lines = str(error.value).splitlines()
+        return dict(line.strip().split(" is ", 1) for line in lines)
 
     phi = "state.0.phi"
     wider = changes(features=(4,))

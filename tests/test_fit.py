@@ -191,7 +191,7 @@ def test_small_and_large_data_in_single_precision(fitted):
     x, y = make_line()
     with jax.enable_x64(False):
         for unit in (1e-15, 1e15):
-            bounds = jax.tree.map(lambda b: b * unit, BOUNDS)  # noqa: B023
+            bounds = jax.tree.map(lambda b: b * unit, BOUNDS)
             result = pranam_optax.fit(line, x, y * unit, bounds=bounds, **SMALL)
             for name in BOUNDS:
                 np.testing.assert_allclose(

@@ -246,6 +246,95 @@ def test_norms_are_over_the_whole_tree():
     )
 
 
+# Derivatives: couplings and step sizes may be learned
+
+
+@functools.cache
+def derivatives(normalize_updates):
+    """A number made of an update and the new embedding, and its gradient."""
+
+    def number(inputs, state, weights):
+        tx = pranam_optax.pranam(
+            PLANE,
+            coupling=inputs["coupling"],
+            step_size=inputs["step_size"],
+            normalize_updates=normalize_updates,
+        )
+        updates, state = tx.update(inputs["grads"], state, inputs["params"])
+        products = jax.tree.map(jnp.multiply, weights, (updates, state.phi))
+        return sum(jnp.sum(x) for x in jax.tree.leaves(products))
+
+    init = jax.jit(pranam_optax.pranam(PLANE).init)
+    return init, jax.jit(number), jax.jit(jax.grad(number))
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_derivatives_against_finite_differences(case, x64):
+    init, number, gradient = derivatives(normalize_updates=case % 2 == 0)
+    rng = np.random.default_rng(case)
+    params = make_params(R, seed=case, dtype=jnp.float64)
+    state = init(make_params(R, seed=case + 1, dtype=jnp.float64))
+    inputs = {
+        "coupling": jnp.asarray(rng.uniform(0.1, 0.9, R)),
+        "step_size": jnp.asarray(rng.uniform(0.5, 5.0)),
+        "grads": make_gradients(params, case),
+        "params": params,
+    }
+    weights = make_gradients((params, state.phi), case + 2)
+    direction = make_gradients(inputs, case + 3)
+    resting = dead = None
+    if case % 4 >= 2:  # one replica has a gradient of zero
+        resting = 4
+        inputs["grads"] = jax.tree.map(lambda x: x.at[4].set(0), inputs["grads"])
+    if case % 5 >= 2:  # and one is dead
+        dead = 2
+        where = "grads" if case % 5 == 2 else "params"
+        inputs[where] = spoil(inputs[where], dead, jnp.nan)
+        for name in ("grads", "params"):
+            direction[name] = jax.tree.map(lambda x: x.at[dead].set(0), direction[name])
+
+    step = 1e-6
+    ends = [
+        number(
+            jax.tree.map(lambda x, d: x + s * step * d, inputs, direction),
+            state,
+            weights,
+        )
+        for s in (1, -1)
+    ]
+    slopes = gradient(inputs, state, weights)
+    chex.assert_tree_all_finite(slopes)
+    along = sum(
+        jnp.sum(g * d)
+        for g, d in zip(*map(jax.tree.leaves, (slopes, direction)), strict=True)
+    )
+    np.testing.assert_allclose(along, (ends[0] - ends[1]) / (2 * step), rtol=1e-5)
+    if dead is not None:
+        for x in jax.tree.leaves([slopes[n] for n in ("coupling", "grads", "params")]):
+            np.testing.assert_array_equal(x[dead], 0)
+    if resting is not None:
+        assert jnp.any(slopes["grads"]["w"][resting] != 0)
+
+
+@pytest.mark.parametrize("params", [make_params, lambda: {"w": jnp.zeros((R, 3, 2))}])
+def test_derivatives_without_gradients_are_finite(params):
+    params = params()
+    grads = jax.tree.map(jnp.zeros_like, params)
+    state = jax.jit(pranam_optax.pranam().init)(params)
+
+    @jax.jit
+    def gradient(coupling, step_size, grads, params):
+        def number(*inputs):
+            coupling, step_size, grads, params = inputs
+            tx = pranam_optax.pranam(coupling=coupling, step_size=step_size)
+            updates, _ = tx.update(grads, state, params)
+            return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(updates))
+
+        return jax.grad(number, (0, 1, 2, 3))(coupling, step_size, grads, params)
+
+    chex.assert_tree_all_finite(gradient(0.5, 4.0, grads, params))
+
+
 # Degenerate ensembles
 
 
@@ -350,6 +439,40 @@ def test_weights_that_cannot_be_squared_are_left_out(huge):
     chex.assert_trees_all_equal(actual, expected)
 
 
+@pytest.mark.parametrize("shape", [(), (R,)])
+def test_replicas_without_a_coupling_wait(shape):
+    """A schedule that returns NaN: no update, and it is counted."""
+    params = make_params()
+    grads = make_gradients(params)
+    hit = np.broadcast_to(np.arange(R) == 2 if shape else True, R)
+
+    def coupling(count):
+        given = jnp.where(jnp.asarray(hit), jnp.nan, 0.5)
+        return given if shape else given[0]
+
+    tx = pranam_optax.pranam(coupling=coupling)
+    state = jax.jit(tx.init)(params)
+    updates, new_state = jax.jit(tx.update)(grads, state, params)
+    np.testing.assert_array_equal(new_state.nonfinite, hit)
+    chex.assert_tree_all_finite((updates, new_state))
+    for u in jax.tree.leaves(updates):
+        assert np.all(u[hit] == 0)
+    if shape:  # the others do as if it were dead
+        dead = update(spoil(grads, 2, jnp.nan), params, state, coupling=0.5)
+        chex.assert_trees_all_close(updates, dead[0], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_at_the_end_of_the_range():
+    """Finite ones whose norm is not."""
+    params = make_params()
+    grads = make_gradients(params)
+    expected, _ = update(grads, params, coupling=0.5)
+    huge = jax.tree.map(lambda g: g * (3e38 / 3.0), grads)
+    updates, state = update(huge, params, coupling=0.5)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(state.nonfinite, 0)
+
+
 # Inputs
 
 
@@ -390,6 +513,19 @@ def test_arguments_out_of_range():
     for step_size in (-1.0, np.nan, np.inf, [1.0]):
         with pytest.raises(ValueError, match="step_size must be a number >= 0"):
             pranam_optax.pranam(step_size=step_size)
+
+
+@pytest.mark.parametrize("given", [0.5, optax.linear_schedule(1.0, 0.0, 9)])
+def test_only_the_embedding_is_given_by_position(given):
+    with pytest.raises(TypeError, match=r"embedding must be .*coupling=\.\.\."):
+        pranam_optax.pranam(given)
+
+
+def test_numbers_must_be_numbers():
+    with pytest.raises(ValueError, match=r"coupling must be a number in .* got 'a'"):
+        pranam_optax.pranam(coupling="a")
+    with pytest.raises(ValueError, match=r"step_size must be a number .* got '4'"):
+        pranam_optax.pranam(step_size="4")
 
 
 def raises(error, match, grads=None, params=None, start=None, coupling=1.0):
@@ -457,3 +593,18 @@ def test_coupling_of_another_length():
 def test_state_of_another_number_of_replicas():
     message = r"params has 6 replicas, but the state .* 4"
     raises(ValueError, message, start=make_params(4))
+
+
+def test_params_of_other_shapes_than_those_of_init():
+    """They would broadcast."""
+    w, b = make_params().values()
+    message = r"params\['w'\] has shape \(6, 3, 2\) and .*\['w'\] has shape"
+    raises(ValueError, message + r" \(6, 1, 2\)", start={"w": w[:, :1], "b": b})
+    raises(ValueError, r"params\['b'\] has shape \(6,\) and .* missing", start={"w": w})
+
+
+@pytest.mark.parametrize("state", [None, {}, (optax.EmptyState(),)])
+def test_what_is_no_state(state):
+    params = make_params()
+    with pytest.raises(TypeError, match=r"PranamState .* update\(grads, state, params"):
+        pranam_optax.pranam().update(params, state, params)

@@ -279,6 +279,8 @@ def test_errors_say_what_is_wrong(trained):
         {**params, "c": jnp.ones(())},
         state,
     )
+    other = {**params, "w": params["w"][:, :1]}
+    raises(r"params\['w'\] .*\(6, 1, 2\)", other, state)
     mean = pranam_optax.Embedding(lambda key, params: jnp.zeros(2), lambda phi: phi)
     state = pranam_optax.pranam(mean).init(jnp.ones(2))
     raises(r"phi.table of shape \[R, K\]; phi is a ", jnp.ones(2), state, mean)
