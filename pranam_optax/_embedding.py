@@ -73,15 +73,17 @@ class MLPParams(NamedTuple):
     """Parameters of `mlp_embedding`.
 
     Attributes:
-      table: `[R, K]`, one code per replica.
+      table: `[R, K]`, one code per replica. That of the mean alone is `[R, 1]` and
+        unused, since checkpoints hold no empty arrays.
       trunk: the dense layers between table and heads.
-      heads: like one model's params with a leading axis of length H.
+      heads: like one model's params with a leading axis of length H; None for the mean
+        alone.
       bias: like one model's params, or None.
     """
 
     table: jax.Array
     trunk: tuple[Dense, ...]
-    heads: PyTree
+    heads: PyTree | None
     bias: PyTree | None
 
 
@@ -270,6 +272,8 @@ def make_factors(
     """`factors` of an embedding whose trunk has these activations."""
 
     def factors(phi: MLPParams) -> tuple[jax.Array, PyTree]:
+        if phi.heads is None:  # the mean alone
+            return jnp.ones_like(phi.table), jax.tree.map(lambda b: b[None], phi.bias)
         features = phi.table
         for layer, activation in zip(phi.trunk, activations, strict=True):
             features = _matmul(features, layer.kernel)
@@ -295,7 +299,7 @@ def multiply(features: jax.Array, heads: PyTree) -> PyTree:
 def _product(features: jax.Array, head: jax.Array) -> jax.Array:
     """`_matmul`; if narrow as a sum of outer products, which fuses with its reader."""
     width = features.shape[1]
-    if not 0 < width <= _MAX_FUSED:
+    if width > _MAX_FUSED:
         return _matmul(features, head)
     terms = [times(features[:, i], head[i][None]) for i in range(width)]
     return functools.reduce(jnp.add, terms)
@@ -336,7 +340,7 @@ def draw(
     table_key, trunk_key, heads_key = jax.random.split(key, 3)
 
     def kernel(key: jax.Array, n_in: int, n_out: int, dtype: jnp.dtype) -> jax.Array:
-        if not n_in or not n_out:  # which initializers do not expect
+        if not n_out:  # which initializers do not expect
             return jnp.zeros((n_in, n_out), dtype)
         return kernel_init(key, (n_in, n_out), dtype)
 
@@ -351,8 +355,11 @@ def draw(
 
     trunk_keys = jax.random.split(trunk_key, len(widths))
     heads_keys = jax.random.split(heads_key, max(len(leaves), 1))
-    heads = [head(k, x) for k, x in zip(heads_keys, leaves, strict=False)]
     bias = [jnp.zeros(x.shape[1:], compute_dtype(x)) for x in leaves]
+    if widths == (0,):
+        table = jnp.zeros((num_replicas, 1), dtype)
+        return MLPParams(table, (), heads=None, bias=treedef.unflatten(bias))
+    heads = [head(k, x) for k, x in zip(heads_keys, leaves, strict=False)]
     return MLPParams(
         table=jax.random.normal(table_key, (num_replicas, widths[0]), dtype),
         trunk=tuple(map(layer, trunk_keys, widths[:-1], widths[1:])),
@@ -407,7 +414,7 @@ def _fit_linear(phi: MLPParams, weights: PyTree, living: jax.Array) -> MLPParams
     if phi.bias is None:
         mean = optax.tree.zeros_like(mean)
     phi = phi._replace(bias=None if phi.bias is None else mean)
-    if not phi.table.shape[1]:
+    if phi.heads is None:
         return phi
     vectors, projections, norms = _principal_directions(
         deviations(weights, living, mean), phi.table.shape[1]

@@ -81,7 +81,8 @@ def _place(fun: Callable[..., Any], args: Any, mesh: Any) -> PyTree:
     def unsharded(x: Any) -> Any:
         if not isinstance(x, jax.Array):
             return x
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
+        weak_type = getattr(x, "weak_type", False)  # which keys do not have
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak_type)
 
     shapes = jax.eval_shape(fun, *jax.tree.map(unsharded, args))
     return jax.tree_util.tree_map_with_path(place, shapes)

@@ -1,7 +1,10 @@
-"""Strict settings: what passes here passes under any user's configuration."""
+"""Strict settings, so that what passes here passes under any user's; shared helpers."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -30,14 +33,108 @@ def x64():
         yield
 
 
-@pytest.fixture
-def assert_stable():
-    """Asserts that a step left the types of a tree as they were."""
+# Replicas, made by NumPy since each operation of JAX outside jit is compiled
 
-    def check(old, new):
-        assert jax.tree.structure(old) == jax.tree.structure(new)
-        for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
-            assert jax.typeof(x) == jax.typeof(y)  # weak types too
-            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
-    return check
+def make_params(num_replicas=6, seed=0, dtype=jnp.float32):
+    """Replicas of a model with a matrix and a scalar."""
+    rng = np.random.default_rng(seed)
+    shapes = {"w": (num_replicas, 3, 2), "b": (num_replicas,)}
+    return {
+        name: jnp.asarray(rng.normal(size=shape) + (name == "w"), dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def make_gradients(tree, seed=1):
+    """Normal numbers of these shapes and dtypes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
+
+
+def bumpy_gradient(params):
+    """The gradient of a bowl with ripples."""
+    return jax.tree.map(lambda x: x + jnp.sin(5 * x), params)
+
+
+def spoil(tree, replica, value):
+    """The tree with a value at one weight of a replica, or of several."""
+    w = np.array(tree["w"])
+    w[replica, 1, 0] = value
+    return {**tree, "w": jnp.asarray(w)}
+
+
+def rows(tree, index):
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[index]), tree)
+
+
+def without(tree, replica):
+    return jax.tree.map(lambda x: jnp.asarray(np.delete(x, replica, axis=0)), tree)
+
+
+def make_run(tx, num_steps, rate=0.1):
+    """A compiled run of SGD behind a link on `bumpy_gradient`: final params and state.
+
+    Compiled once for all params of the same shapes.
+    """
+
+    @jax.jit
+    def run(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(bumpy_gradient(params), state, params)
+            params = jax.tree.map(
+                lambda w, u: w - (rate * u).astype(w.dtype), params, updates
+            )
+            return (params, state), None
+
+        carry, _ = jax.lax.scan(step, (params, tx.init(params)), None, num_steps)
+        return carry
+
+    return run
+
+
+# Numbers
+
+
+def as_matrix(tree):
+    """All weights in double precision, one row for each replica."""
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
+    return np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
+
+
+def rms(tree):
+    return np.sqrt(np.mean(as_matrix(tree) ** 2))
+
+
+def spread(tree):
+    weights = as_matrix(tree)
+    return np.sqrt(np.mean((weights - weights.mean(axis=0)) ** 2))
+
+
+def assert_same_bits(actual, expected):
+    """Signed zeros and NaN too."""
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def assert_stable(old, new):
+    """A step left the types of a tree as they were, and every leaf in its place."""
+    assert jax.tree.structure(old) == jax.tree.structure(new)
+    for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        assert jax.typeof(x) == jax.typeof(y)  # weak types too
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+# Devices
+
+
+def shard(tree, mesh, model_axis=None):
+    """Replicas along one axis of a mesh, and the last axis of a model along another."""
+
+    def place(x):
+        last = (*(None,) * (x.ndim - 2), model_axis) if x.ndim > 1 else ()
+        spec = PartitionSpec("replicas", *last)
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree)

@@ -1,6 +1,7 @@
-"""Killed, moved to other devices, or changed: what a checkpoint must survive or say."""
+"""Saved and restored, killed, moved to other devices: what a state must survive."""
 
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -8,23 +9,141 @@ import sys
 import time
 from pathlib import Path
 
-import chex
+import checkpointing
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from flax import serialization
 
 import pranam_optax
+from conftest import assert_same_bits, make_params, shard
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import checkpointing  # noqa: E402
-
+ROOT = Path(__file__).parents[1]
 NUM_STEPS, SAVE_EVERY = 60, 4
+STATES = {
+    "pranam": pranam_optax.pranam(),
+    "deep": pranam_optax.pranam(pranam_optax.mlp_embedding((3, 4))),
+    "mean": pranam_optax.pranam(pranam_optax.mlp_embedding(())),
+    "chain": optax.chain(pranam_optax.pranam(), optax.adam(1e-3)),
+    "reparametrize": pranam_optax.reparametrize(optax.adam(1e-3)),
+    "per_replica": pranam_optax.per_replica(optax.adam(1e-3)),
+}
+
+
+def numbers(shapes):
+    """Numbers that are all different."""
+    return jax.tree.map(
+        lambda x: jnp.asarray(np.arange(x.size).reshape(x.shape) + 0.1, x.dtype), shapes
+    )
+
+
+# As they are
+
+
+@pytest.fixture(scope="module")
+def states():
+    """A state of each transformation, with other numbers than `init` makes."""
+    params = make_params()
+    return {
+        name: numbers(jax.eval_shape(tx.init, params)) for name, tx in STATES.items()
+    }
+
+
+def by_pickle(state, like, directory):
+    return pickle.loads(pickle.dumps(state))
+
+
+def by_flax(state, like, directory):
+    return serialization.from_bytes(like, serialization.to_bytes(state))
+
+
+def by_orbax(state, like, directory):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(directory / "state", like)
+
+
+@pytest.mark.parametrize("method", [by_pickle, by_flax, by_orbax])
+@pytest.mark.parametrize("name", STATES)
+def test_states_are_restored_bit_for_bit(name, method, states, tmp_path):
+    state = states[name]
+    like = jax.tree.map(jnp.zeros_like, state)
+    restored = method(state, like, tmp_path)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert_same_bits(restored, state)
+
+
+# By the example
+
+
+@pytest.fixture
+def manager(tmp_path):
+    with ocp.CheckpointManager(
+        tmp_path, item_handlers=ocp.StandardCheckpointHandler()
+    ) as manager:
+        yield manager
+
+
+def make_run(num_replicas=8, features=(3,), num_devices=1):
+    """Params, state and keys of a run, with replicas over some devices."""
+    # Noise has a key in its state.
+    tx = optax.chain(
+        pranam_optax.pranam(pranam_optax.mlp_embedding(features)),
+        optax.add_noise(0.1, 0.5, 0),
+        optax.adam(0.1),
+    )
+
+    @jax.jit
+    def make(params):
+        return checkpointing.Run(
+            params, tx.init(params), jnp.int32(5), jax.random.key(7)
+        )
+
+    mesh = jax.make_mesh((num_devices,), ("replicas",))
+    return make(shard(make_params(num_replicas), mesh))
+
+
+def test_a_checkpoint_is_restored_to_other_devices(manager):
+    saved = make_run(num_devices=8)
+    manager.save(5, args=ocp.args.StandardSave(saved))
+    manager.wait_until_finished()
+    for num_devices in (8, 2):
+        like = make_run(num_devices=num_devices)
+        restored = checkpointing.restore(manager, 5, like)
+        assert jax.tree.structure(restored) == jax.tree.structure(saved)
+        assert checkpointing.digest(restored) == checkpointing.digest(saved)
+        for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def test_what_changed_is_named(manager):
+    manager.save(5, args=ocp.args.StandardSave(make_run()))
+    manager.wait_until_finished()
+
+    def changes(**kwargs):
+        like = jax.eval_shape(lambda: make_run(**kwargs))
+        with pytest.raises(ValueError, match="the checkpoint is of another") as error:
+            checkpointing.restore(manager, 5, like)
+        _, *lines = str(error.value).splitlines()
+        return dict(line.strip().split(" is ", 1) for line in lines)
+
+    phi = "state.0.phi"
+    wider = changes(features=(4,))
+    assert wider.keys() == {f"{phi}.heads.w", f"{phi}.heads.b", f"{phi}.table"}
+    assert wider[f"{phi}.table"] == "float32[8, 3] there, float32[8, 4] here"
+    more = changes(num_replicas=16)
+    assert more["params.b"] == "float32[8] there, float32[16] here"
+    assert more["state.0.nonfinite"] == "int32[8] there, int32[16] here"
+    assert f"{phi}.heads.w" not in more
+    deeper = changes(features=(3, 3))
+    assert deeper[f"{phi}.trunk.0.bias"] == "missing there, float32[3] here"
+
+
+# The example as a program, killed
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +192,7 @@ def undisturbed(start, tmp_path_factory):
     return directory, digest
 
 
-@pytest.mark.parametrize("num_runs", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_runs", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_with_the_same_bits(
     num_runs, start, undisturbed, tmp_path
 ):
@@ -90,90 +209,13 @@ def test_a_killed_run_resumes_with_the_same_bits(
         assert step < NUM_STEPS
         assert digest == undisturbed[1]
         resumed_at.append(step)
-    assert num_runs == 1 or len(set(resumed_at)) > 3
-    print(f"{num_runs} runs killed, resumed at steps {resumed_at}")
+    assert num_runs == 1 or len(set(resumed_at)) > 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_devices", [2, 8])
-def test_a_run_moves_to_other_devices(num_devices, start, undisturbed, tmp_path):
+def test_a_run_moves_to_other_devices(start, undisturbed, tmp_path):
     directory, digest = undisturbed
-    assert finish(start(directory, num_devices)) == (NUM_STEPS, digest, digest)
+    assert finish(start(directory, 8)) == (NUM_STEPS, digest, digest)
     # And from there to one device.
-    _, _, digest = finish(start(tmp_path, num_devices))
+    _, _, digest = finish(start(tmp_path, 8))
     assert finish(start(tmp_path)) == (NUM_STEPS, digest, digest)
-
-
-# In this process
-
-
-def make_tree(num_replicas=8, features=(3,), num_devices=1, scale=1.0):
-    """Params, state and keys of a run, with replicas over some devices."""
-    devices = np.array(jax.devices()[:num_devices])
-    sharding = NamedSharding(
-        jax.sharding.Mesh(devices, "replicas"), PartitionSpec("replicas")
-    )
-    grid = np.arange(2 * num_replicas).reshape(num_replicas, 2)
-    params = {"w": jax.device_put(scale * jnp.sin(grid), sharding)}
-    # Noise has a key in its state.
-    embedding = pranam_optax.mlp_embedding(features, warmup="none")
-    tx = optax.chain(
-        pranam_optax.pranam(embedding), optax.add_noise(0.1, 0.5, 0), optax.adam(0.1)
-    )
-    return checkpointing.Run(params, tx.init(params), jnp.int32(5), jax.random.key(7))
-
-
-@pytest.fixture
-def manager(tmp_path):
-    with ocp.CheckpointManager(
-        tmp_path, item_handlers=ocp.StandardCheckpointHandler()
-    ) as manager:
-        yield manager
-
-
-def test_a_checkpoint_is_restored_to_other_devices(manager):
-    saved = make_tree(num_devices=8)
-    checkpointing.save(manager, 5, saved)
-    manager.wait_until_finished()
-    for num_devices in (8, 2, 1):
-        like = make_tree(num_devices=num_devices, scale=2.0)
-        restored = checkpointing.restore(manager, 5, like)
-        assert jax.tree.structure(restored) == jax.tree.structure(saved)
-        chex.assert_trees_all_equal_dtypes(restored, saved)
-        assert checkpointing.digest(restored) == checkpointing.digest(saved)
-        for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
-            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
-        chex.assert_trees_all_close(
-            pranam_optax.embedding_output(restored.state),
-            pranam_optax.embedding_output(saved.state),
-            rtol=1e-6,
-        )
-
-
-def test_what_changed_is_named(manager):
-    checkpointing.save(manager, 5, make_tree())
-    manager.wait_until_finished()
-
-    def changes(**kwargs):
-        with pytest.raises(ValueError, match="the checkpoint is of another") as error:
-            like = jax.eval_shape(lambda: make_tree(**kwargs))
-            checkpointing.restore(manager, 5, like)
-        return str(error.value).splitlines()[1:]
-
-    phi = ".state[0].embedding[<flat index 0>][0]"
-    assert sorted(changes(features=(4,))) == [
-        f"  {phi}.heads['w'] is float32[3, 2] there, float32[4, 2] here",
-        f"  {phi}.table is float32[8, 3] there, float32[8, 4] here",
-    ]
-    assert sorted(changes(num_replicas=16)) == [
-        "  .params['w'] is float32[8, 2] there, float32[16, 2] here",
-        f"  {phi}.table is float32[8, 3] there, float32[16, 3] here",
-        "  .state[0].nonfinite is int32[8] there, int32[16] here",
-        "  .state[0].revived is int32[8] there, int32[16] here",
-        "  .state[2][0].mu['w'] is float32[8, 2] there, float32[16, 2] here",
-        "  .state[2][0].nu['w'] is float32[8, 2] there, float32[16, 2] here",
-    ]
-    assert sorted(changes(features=(3, 3))) == [
-        f"  {phi}.trunk[0].bias is missing there, float32[3] here",
-        f"  {phi}.trunk[0].kernel is missing there, float32[3, 3] here",
-    ]

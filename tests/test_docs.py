@@ -1,172 +1,246 @@
 """The code of the README and of the pages in docs/ runs, block after block."""
 
+import collections
+import functools
 import re
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import pranam_optax
+from conftest import as_matrix, make_gradients, make_params, rms, spread
 
 ROOT = Path(__file__).parents[1]
 
-
-def run_blocks(page):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert blocks
-    namespaces, namespace = [], {}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"{page}, block {number}", "exec"), namespace)
-        namespaces.append(dict(namespace))
-    return namespaces
+pytestmark = pytest.mark.usefixtures("optax_promotion")
 
 
-def test_readme(optax_promotion):
-    (example,) = run_blocks("README.md")
+class Page:
+    """The variables of a page: after its last block, or after one of a section's."""
+
+    def __init__(self, name):
+        self.sections = collections.defaultdict(list)
+        section, namespace = "", {}
+        text = (ROOT / name).read_text()
+        for title, block in re.findall(
+            r"^#+ (.*?)$|^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+        ):
+            section = title or section
+            if block:
+                exec(compile(block, f"{name}, {section}", "exec"), namespace)
+                self.sections[section].append(dict(namespace))
+        assert self.sections
+        self.last = namespace
+
+    def __getitem__(self, name):
+        return self.last[name]
+
+    def after(self, section, block=-1):
+        return self.sections[section][block]
+
+
+def test_readme():
+    example = Page("README.md")
     assert example["values"].mean() < 0.01
     assert example["problem"].fun(example["best"]) < 0.01
 
 
-def test_original(optax_promotion):
-    program, partition, shared_row, adam = run_blocks("docs/original.md")
+def test_original():
+    page = Page("docs/original.md")
+    program = page.after("From the TensorFlow program to pranam_optax")
     assert jnp.all(jnp.abs(program["params"]) <= 500)
 
     params = {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}
-    state = partition["tx"].init(params)
-    assert pranam_optax.embedding_output(state)["w"].shape == (3, 2)
-    updates, _ = partition["tx"].update(params, state, params)
+    partition = page.after("The optimizer")["tx"]
+    updates, _ = partition.update(params, partition.init(params), params)
     np.testing.assert_allclose(updates["b"], -1e-3, rtol=1e-5)
 
-    tx = shared_row["tx"]
+    embedding = page["shared_row"](8)
+    tx = pranam_optax.reparametrize(optax.adam(1e-3), embedding)
     updates, state = tx.update(params, tx.init(params), params)
-    output = pranam_optax.embedding_output(state)
+    output = embedding.apply(state.phi)
     np.testing.assert_allclose(params["w"] + updates["w"], output["w"], rtol=1e-5)
 
-    tx = adam["tf1_adam"](0.1)
+    tx = page["tf1_adam"](0.1)
     updates, _ = tx.update(params, tx.init(params), params)
     jax.tree.map(lambda u: np.testing.assert_allclose(u, -0.1, rtol=1e-5), updates)
 
 
-def test_study(optax_promotion):
-    (example,) = run_blocks("docs/study.md")
-    params, grads = jax.random.normal(jax.random.key(0), (2, 32, 5))
-    tx = example["tx"]
+def test_study():
+    tx = Page("docs/study.md")["tx"]
+    params, grads = np.random.default_rng(0).normal(size=(2, 32, 5)).astype("f4")
     updates, _ = tx.update(grads, tx.init(params), params)
     # Adam's first step goes by the sign: of the gradient, where replicas are free.
-    free, coupled = jnp.split(jnp.sign(updates) == -jnp.sign(grads), [8])
-    assert jnp.all(free)
-    assert not jnp.all(coupled)
+    free, coupled = np.split(np.sign(updates) == -np.sign(grads), [8])
+    assert np.all(free)
+    assert not np.all(coupled)
 
 
-def test_composition(optax_promotion):
-    example = run_blocks("docs/composition.md")[-1]
-    assert example["grad_fn"](example["params"])[0].mean() > 20
-    for run in ("values", "weighted_values"):
-        assert example[run].mean() < 0.01
+def test_composition():
+    page = Page("docs/composition.md")
+    assert page["grad_fn"](page["params"])[0].mean() > 20
+    assert page["values"].mean() < 0.01
     # Polyak's steps may throw a replica out of the minimum, alone.
-    assert jnp.median(example["polyak_values"]) < 0.01
-    assert example["polished_values"].mean() <= example["values"].mean()
-    assert jnp.all(jnp.isfinite(example["sam_params"]))
-    assert example["released"][0].count == 400
-    assert example["released"][1][0].count == 0
+    assert jnp.median(page["polyak_values"]) < 0.01
+    assert page["polished_values"].mean() <= page["values"].mean()
+    assert jnp.all(jnp.isfinite(page["sam_params"]))
+    assert page["released"][0].count == 400
+    assert page["released"][1][0].count == 0
 
 
-def test_recipes(optax_promotion):
-    (
-        setup,
-        _,
-        _,
-        averaged,
-        schedules,
-        ranged,
-        _,
-        resampled,
-        stopped,
-        curriculum,
-        _,
-        _,
-        recipes,
-    ) = run_blocks("docs/recipes.md")
-    num_replicas, params = setup["R"], setup["initial"]
-    _, grads = setup["grad_fn"](params)
-
-    # The variance of the noise falls as eta / t^gamma, and no two replicas share it.
-    zeros = jnp.zeros((2, 10_000))
-    state = recipes["noise"].init(zeros)
-    for t in range(1, 5):
-        noise, state = recipes["noise"].update(zeros, state)
-        np.testing.assert_allclose(noise.var(axis=1), 0.1 / t**0.55, rtol=0.05)
-        assert abs(np.corrcoef(noise)[0, 1]) < 0.05
-
-    # Each replica is clipped to norm 1, or left as it is.
-    scales = jnp.geomspace(1e-3, 1e3, num_replicas)[:, None]
-    clip = recipes["clip"]
-    clipped, _ = clip.update(grads * scales, clip.init(params), params)
-    np.testing.assert_allclose(
-        np.linalg.norm(clipped, axis=1),
-        np.minimum(np.linalg.norm(grads * scales, axis=1), 1),
-        rtol=1e-5,
+def test_frameworks():
+    page = Page("docs/frameworks.md")
+    nnx = page.after("Flax NNX")
+    np.testing.assert_allclose(  # the two forms of NNX are one algorithm
+        nnx["functional_losses"], nnx["losses"], rtol=1e-2, atol=1e-4
     )
+    for name in ("Plain pytrees", "Flax Linen", "Flax NNX", "Equinox"):
+        recipe = page.after(name)
+        losses = np.stack(recipe["losses"])
+        assert losses.shape == (30, 8)
+        assert losses[-1].mean() < 0.5 * losses[0].mean()
+        if "prediction" in recipe:  # of the best after one more step
+            best = np.mean((recipe["prediction"][:, 0] - recipe["data"].y) ** 2)
+            assert best < 1.5 * recipe["values"].min()
 
+    checkpoint = page.after("Checkpoints")
+    run, restored = checkpoint["run"], checkpoint["restored"]
+    assert jax.tree.structure(run) == jax.tree.structure(restored)
+    for tree in (run, restored):
+        tree["key"] = jax.random.key_data(tree["key"])
+    jax.tree.map(np.testing.assert_array_equal, run, restored)
+
+    revived = page.after("Replicas that die")
+    assert np.all(np.isfinite(revived["params"]["hidden"]))
+    assert np.all(revived["left_out"] == 0)
+    assert page["metrics"]["dead"] == 0
+
+
+def test_devices():
+    page = Page("docs/devices.md")
+    assert page["params"].sharding.shard_shape((64, 30)) == (8, 30)
+    assert page["heads"].sharding.shard_shape((4, 16)) == (4, 2)
+    # Gradients by shard_map are those of the replicas together.
+    actual = jax.jit(page["local_grad_fn"])(page["params"])
+    expected = jax.jit(page["grad_fn"])(np.asarray(page["params"]))
+    for x, y in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    assert page["values"].mean() < page.after("Several devices", 0)["values"].mean()
+
+
+def test_fitting():
+    try:
+        with jax.numpy_rank_promotion("allow"):  # the model is a user's
+            page = Page("docs/fitting.md")
+        result, truth = page["result"], page["truth"]
+        assert result.confirmed
+        order = np.argsort(result.params["center"])
+        deviation = result.params["center"][order] - truth["center"]
+        errors = result.standard_errors["center"][order]
+        assert np.all(np.abs(deviation) < 4 * errors)
+        results = page["results"]
+        np.testing.assert_allclose(results.params["slope"], page["slopes"], rtol=1e-6)
+        assert page["first"].covariance.shape == (2, 2)
+    finally:
+        jax.config.update("jax_enable_x64", False)  # the page sets it, as users do
+
+
+# docs/recipes.md: each against its formula
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),  # the recipes are a user's
+    ):
+        return Page("docs/recipes.md")
+
+
+@pytest.fixture
+def grads(recipes):
+    return recipes["grad_fn"](recipes["initial"])[1]
+
+
+def test_variance_of_the_noise_falls(recipes):
+    """As eta / t^gamma, and no two replicas share it."""
+    zeros, noise = jnp.zeros((2, 10_000)), recipes["noise"]
+    state = noise.init(zeros)
+    for t in range(1, 5):
+        drawn, state = noise.update(zeros, state)
+        np.testing.assert_allclose(drawn.var(axis=1), 0.1 / t**0.55, rtol=0.05)
+        assert abs(np.corrcoef(drawn)[0, 1]) < 0.05
+
+
+def test_each_replica_is_clipped_to_norm_1_or_left_as_it_is(recipes, grads):
+    scaled = grads * np.geomspace(1e-3, 1e3, recipes["R"])[:, None].astype("f4")
+    clip = recipes["clip"]
+    clipped, _ = clip.update(scaled, clip.init(scaled))
+    norms = np.linalg.norm(scaled, axis=1)
+    actual = np.linalg.norm(clipped, axis=1)
+    np.testing.assert_allclose(actual, np.minimum(norms, 1), rtol=1e-5)
+
+
+def test_averages(recipes):
+    averaged = recipes.after("Averages of the weights")
     path = np.stack(averaged["path"])
     weights = 0.9 ** np.arange(len(path))[::-1]
-    np.testing.assert_allclose(
-        averaged["average"],
-        np.tensordot(weights / weights.sum(), path, 1),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    expected = np.tensordot(weights / weights.sum(), path, 1)
+    np.testing.assert_allclose(averaged["average"], expected, rtol=1e-4, atol=1e-5)
     assert averaged["average_values"].mean() < averaged["values"].mean()
 
-    values = {
+
+@pytest.mark.parametrize(
+    ("name", "points"),
+    {
         "warmup": {0: 0, 10: 1.5, 20: 3, 110: 1.5, 200: 0},
         # Cycles of 40, 60 and 100 steps.
-        "restarts": {
-            0: 0,
-            4: 3,
-            22: 1.5,
-            40: 0,
-            44: 3,
-            72: 1.5,
-            100: 0,
-            104: 3,
-            200: 0,
-        },
+        "restarts": {0: 0, 4: 3, 22: 1.5, 40: 0, 44: 3, 72: 1.5, 100: 0, 104: 3},
         "coupling": {0: 1, 12: 0.5, 24: 0, 40: 1, 58: 0.5, 76: 0, 100: 1, 160: 0},
         "one_cycle": {0: 3 / 25, 60: 3, 200: 3 / 25e4},
         "growing": {0: 0.01, 50: 0.1, 100: 1, 200: 100},
         "share": {0: 0.25, 1: 0.5, 2: 0.75, 3: 1, 4: 1},
-    }
-    for name, points in values.items():
-        for step, value in points.items():
-            np.testing.assert_allclose(
-                recipes[name](step), value, rtol=1e-4, atol=1e-6, err_msg=name
-            )
+    }.items(),
+)
+def test_schedules(name, points, recipes):
+    for step, value in points.items():
+        np.testing.assert_allclose(recipes[name](step), value, rtol=1e-4, atol=1e-6)
 
-    rates, curve = ranged["rates"], ranged["curve"]
-    assert curve.shape == (setup["NUM_STEPS"], num_replicas)
+
+def test_range_test(recipes):
+    rates, curve = recipes["rates"], recipes["curve"]
+    assert curve.shape == (recipes["NUM_STEPS"], recipes["R"])
     # The lowest loss is inside the range.
     assert min(curve[0].mean(), curve[-1].mean()) > 1.5 * curve.mean(axis=1).min()
-    assert ranged["guess"] == rates[np.argmin(curve.mean(axis=1))] / 3
+    assert recipes["guess"] == rates[np.argmin(curve.mean(axis=1))] / 3
 
-    # Below the same run without resampling.
-    plain = setup["initial"]
-    state = setup["tx"].init(plain)
-    for _ in range(setup["NUM_STEPS"]):
-        plain, state, plain_values = setup["step"](plain, state)
-    assert resampled["values"].mean() < plain_values.mean()
+
+def test_resampling_is_below_the_same_run_without(recipes):
+    plain = recipes["initial"]
+    state = recipes["tx"].init(plain)
+    for _ in range(recipes["NUM_STEPS"]):
+        plain, state, values = recipes["step"](plain, state)
+    resampled = recipes.after("Resampling")
+    assert resampled["values"].mean() < values.mean()
     assert resampled["num_steps"] == 199
 
+
+def test_early_stopping(recipes):
+    stopped = recipes.after("Early stopping")
     assert 120 < stopped["num_steps"] < 1000
     assert stopped["waited"] == stopped["patience"]
-    np.testing.assert_allclose(
-        setup["problem"].fun(stopped["best"]), stopped["lowest"], rtol=1e-3, atol=1e-5
-    )
+    best = stopped["problem"].fun(stopped["best"])
+    np.testing.assert_allclose(best, stopped["lowest"], rtol=1e-3, atol=1e-5)
     assert stopped["lowest"] <= stopped["values"].min() + 1e-3
 
-    hardness, batches = jnp.abs(curriculum["data"].y), curriculum["batches"]
+
+def test_curriculum(recipes):
+    hardness, batches = jnp.abs(recipes["data"].y), recipes["batches"]
     for epoch in range(4):
         drawn = np.ravel(batches(epoch))
         assert len(drawn) == len(set(drawn)) == 16 * (epoch + 1)
@@ -174,48 +248,16 @@ def test_recipes(optax_promotion):
     assert not np.array_equal(batches(3), batches(4))
     assert set(np.ravel(batches(3))) == set(np.ravel(batches(4)))
 
-    check_adabound(recipes["adabound"])
 
-    # Momentum, then decay.
-    sgdw, link = recipes["sgdw"], recipes["link"]
-    state, link_state, momentum = sgdw.init(params), link.init(params), 0.0
-    for _ in range(3):
-        updates, state = sgdw.update(grads, state, params)
-        pulled, link_state = link.update(grads, link_state, params)
-        momentum = 0.9 * momentum + pulled
-        np.testing.assert_allclose(
-            updates, -0.1 * (momentum + 1e-3 * params), rtol=1e-4, atol=1e-6
-        )
-
-    # What each replica's own decay adds.
-    searched, decays = recipes["searched"], recipes["decays"]
-    with_decay, _ = searched.update(grads, recipes["searched_state"], params)
-    without, _ = searched.update(grads, searched.init(params), params)
-    np.testing.assert_allclose(
-        with_decay - without, -decays[:, None] * params, rtol=1e-2, atol=1e-5
-    )
-
-    for tx in (
-        recipes["noisy"],
-        recipes["clipped"],
-        *schedules["scheduled"],
-        recipes["bounded"],
-    ):
-        state = tx.init(params)
-        for _ in range(2):
-            updates, state = tx.update(grads, state, params)
-            assert np.all(np.isfinite(updates))
-
-
-def check_adabound(adabound):
-    """Against the equations, and at the limits of its bounds."""
+def test_adabound_against_the_equations_and_at_the_limits_of_its_bounds(recipes):
+    adabound = recipes["adabound"]
     grads = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
 
     def steps(tx):
-        state, updates = tx.init(grads[0]), []
+        update, state, updates = jax.jit(tx.update), tx.init(grads[0]), []
         for g in grads:
-            update, state = tx.update(jnp.asarray(g), state)
-            updates.append(update)
+            steps, state = update(g, state)
+            updates.append(steps)
         return np.stack(updates)
 
     mean = square = 0.0
@@ -226,76 +268,156 @@ def check_adabound(adabound):
         rate = 0.5 / (np.sqrt(square / (1 - 0.999**t)) + 1e-8)
         rate = np.clip(rate, 0.4 * (1 - 1 / (0.5 * t + 1)), 0.4 * (1 + 1 / (0.5 * t)))
         expected.append(-rate * mean / (1 - 0.9**t))
-    np.testing.assert_allclose(
-        steps(adabound(0.5, 0.4, gamma=0.5)), expected, rtol=1e-3, atol=1e-6
-    )
-    np.testing.assert_allclose(
-        steps(adabound(0.5, 0.4, gamma=1e-6)), steps(optax.adam(0.5)), rtol=1e-4
-    )
+    actual = steps(adabound(0.5, 0.4, gamma=0.5))
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-6)
+    like_adam = steps(adabound(0.5, 0.4, gamma=1e-6))
+    np.testing.assert_allclose(like_adam, steps(optax.adam(0.5)), rtol=1e-4)
+    like_sgd = steps(adabound(0.5, 0.4, gamma=1e9))
     sgd = optax.chain(optax.ema(0.9), optax.scale(-0.4))
-    np.testing.assert_allclose(
-        steps(adabound(0.5, 0.4, gamma=1e9)), steps(sgd), rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(like_sgd, steps(sgd), rtol=1e-4, atol=1e-6)
 
 
-def test_frameworks(optax_promotion):
-    (
-        _,
-        plain,
-        linen,
-        nnx,
-        functional,
-        equinox,
-        embedding,
-        checkpoint,
-        revived,
-        watched,
-    ) = run_blocks("docs/frameworks.md")
-    for recipe in (plain, linen, nnx, equinox):
-        losses = np.stack(recipe["losses"])
-        assert losses.shape == (30, 8)
-        assert losses[-1].mean() < 0.5 * losses[0].mean()
-    # The two forms of NNX are one algorithm.
-    np.testing.assert_allclose(
-        functional["functional_losses"], nnx["losses"], rtol=1e-2, atol=1e-4
-    )
-    for recipe in (linen, functional, equinox):  # the best after one more step
-        best = np.mean((recipe["prediction"][:, 0] - recipe["data"].y) ** 2)
-        assert best < 1.5 * recipe["values"].min()
-
-    assert embedding["phi"].table.shape == (8, 4)
-    assert embedding["phi"].heads["out"].shape == (4, 5, 1)
-    run, restored = checkpoint["run"], checkpoint["restored"]
-    assert jax.tree.structure(run) == jax.tree.structure(restored)
-    for tree in (run, restored):
-        tree["key"] = jax.random.key_data(tree["key"])
-    jax.tree.map(np.testing.assert_array_equal, run, restored)
-    np.testing.assert_array_equal(revived["restarts"], [0, 0, 0, 1, 0, 0, 0, 0])
-    assert np.all(np.isfinite(revived["params"]["hidden"]))
-    assert watched["metrics"]["dead"] == 0
-    assert watched["metrics"]["revived"] == 1
+def test_sgdw_decays_behind_the_momentum(recipes, grads):
+    sgdw, link, params = recipes["sgdw"], recipes["link"], recipes["initial"]
+    state, link_state, momentum = sgdw.init(params), link.init(params), 0.0
+    update, pull = jax.jit(sgdw.update), jax.jit(link.update)
+    for _ in range(3):
+        updates, state = update(grads, state, params)
+        pulled, link_state = pull(grads, link_state, params)
+        momentum = 0.9 * momentum + pulled
+        expected = -0.1 * (momentum + 1e-3 * params)
+        np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_devices(optax_promotion):
-    one_axis, two_axes, shards = run_blocks("docs/devices.md")
-    assert one_axis["params"].sharding.shard_shape((64, 30)) == (8, 30)
-    assert two_axes["heads"].sharding.shard_shape((4, 16)) == (4, 2)
-    assert shards["params"].sharding.shard_shape((64, 30)) == (8, 30)
-    assert shards["values"].mean() < one_axis["values"].mean()
+def test_each_replica_has_its_own_decay(recipes, grads):
+    searched, params = recipes["searched"], recipes["initial"]
+    update = jax.jit(searched.update)
+    with_decay, _ = update(grads, recipes["searched_state"], params)
+    without, _ = update(grads, searched.init(params), params)
+    expected = -recipes["decays"][:, None] * params
+    np.testing.assert_allclose(with_decay - without, expected, rtol=1e-2, atol=1e-5)
 
 
-def test_fitting(optax_promotion):
-    try:
-        with jax.numpy_rank_promotion("allow"):  # the model is a user's
-            fitted, _, batch = run_blocks("docs/fitting.md")
-        result, truth = fitted["result"], fitted["truth"]
-        assert result.confirmed
-        order = np.argsort(result.params["center"])
-        deviation = result.params["center"][order] - truth["center"]
-        errors = result.standard_errors["center"][order]
-        assert np.all(np.abs(deviation) < 4 * errors)
-        results = batch["results"]
-        np.testing.assert_allclose(results.params["slope"], batch["slopes"], rtol=1e-6)
-        assert batch["first"].covariance.shape == (2, 2)
-    finally:
-        jax.config.update("jax_enable_x64", False)  # the page sets it, as users do
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("bad", [None, np.nan, -np.inf])
+def test_weights_by_loss(recipes, temperature, bad):
+    values = np.array([3.0, 1.0, 2.0, 6.0], np.float32)
+    if bad is not None:
+        values[1] = bad
+    tx = recipes["weight_replicas"](temperature)
+    grads = {"w": jnp.ones((4, 3))}
+    updates, _ = tx.update(grads, tx.init(grads), values=jnp.asarray(values), other=1)
+    finite = np.isfinite(values)
+    v = values[finite].astype(float)
+    softmin = np.exp(-(v - v.mean()) / v.std() / temperature)
+    expected = np.zeros(4)
+    expected[finite] = len(v) * softmin / softmin.sum()
+    np.testing.assert_allclose(updates["w"][:, 0], expected, rtol=1e-5, atol=1e-7)
+    # Equal losses change nothing.
+    equal, _ = tx.update(grads, tx.init(grads), values=jnp.full(4, 2.5))
+    np.testing.assert_allclose(equal["w"], 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("trunk", ["dense", "attention"])
+def test_a_flax_module_as_trunk(recipes, trunk):
+    import flax.linen as nn
+
+    attention = trunk == "attention"
+    module = recipes["Attention"]() if attention else nn.Dense(5)
+    params = make_params(8)
+    embedding = recipes["flax_embedding"](module, 8)
+    phi = jax.jit(embedding.init)(jax.random.key(0), params)
+    features = module.apply(phi.trunk, phi.table)
+    with jax.numpy_rank_promotion("allow"):
+        output = embedding.apply(phi)
+    for name in params:  # g(Z) B + beta
+        expected = np.tensordot(features, phi.heads[name], 1) + phi.bias[name][None]
+        np.testing.assert_allclose(output[name], expected, rtol=1e-4, atol=1e-5)
+    # Fitted: what is left is orthogonal to the features and to the bias.
+    residual = as_matrix(params) - as_matrix(output)
+    np.testing.assert_allclose(features.T @ residual, 0, atol=1e-3)
+    np.testing.assert_allclose(residual.sum(axis=0), 0, atol=1e-3)
+    # Behind pranam the module is trained, and dead replicas can be revived.
+    tx = pranam_optax.pranam(embedding)
+    with jax.numpy_rank_promotion("allow"):
+        state = jax.jit(tx.init)(params)
+        _, state = jax.jit(tx.update)(make_gradients(params), state, params)
+        pranam_optax.revive_replicas(params, state, 0, embedding=embedding)
+    for old, new in zip(
+        jax.tree.leaves(phi.trunk), jax.tree.leaves(state.phi.trunk), strict=True
+    ):
+        assert attention or not np.array_equal(old, new)
+
+
+def test_the_algorithm_written_out_is_that_of_the_package(recipes):
+    """With the line search for the optimizer; and its step is that of the optimizer."""
+    params = make_params(6)
+    grads, embedding = make_gradients(params), recipes["embedding"]
+    factor = 4.0 * spread(params) / rms(grads)
+    target = jax.tree.map(lambda w, g: w - factor * g, params, grads)
+
+    @jax.jit
+    def both(params):
+        phi = embedding.init(jax.random.key(0), params)
+        residual, pull_back = jax.vjp(
+            lambda phi: optax.tree.sub(embedding.apply(phi), target), phi
+        )
+        (gradient,) = pull_back(residual)
+        slope = jax.jvp(embedding.apply, (phi,), (gradient,))[1]
+        rate = optax.tree.norm(gradient, squared=True)
+        rate /= optax.tree.norm(slope, squared=True)
+        ours = recipes["projected"](optax.sgd(rate), embedding, 0.6)
+        theirs = pranam_optax.pranam(embedding, coupling=0.6)
+        return [tx.update(grads, tx.init(params), params) for tx in (ours, theirs)]
+
+    with jax.numpy_rank_promotion("allow"):
+        (updates, (phi, _)), (expected, state) = both(params)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(phi, state.phi, rtol=1e-4, atol=1e-5)
+
+
+def test_slope_and_curvature_against_the_full_hessian(recipes):
+    def fun(params):
+        return jnp.sum(jnp.tanh(params["w"]) ** 2) * params["b"] ** 2
+
+    params = make_params()
+    slopes, curvatures = recipes["slope_and_curvature"](fun)(params)
+    for r in range(6):
+        flat, unflatten = jax.flatten_util.ravel_pytree(
+            pranam_optax.select_replica(params, r)
+        )
+        loss = functools.partial(lambda u, v: fun(u(v)), unflatten)
+        g, h = jax.grad(loss)(flat), jax.hessian(loss)(flat)
+        np.testing.assert_allclose(slopes[r], g @ g, rtol=1e-4)
+        np.testing.assert_allclose(curvatures[r], g @ h @ g, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("activation", "slope"),
+    [
+        (jnp.tanh, lambda z: 1 - np.tanh(z) ** 2),
+        (jax.nn.relu, lambda z: z > 0),
+    ],
+)
+def test_saturation(recipes, activation, slope):
+    inputs = 2 * np.random.default_rng(0).normal(size=(6, 50, 3)).astype("f4")
+    flat = slope(inputs.astype(float)) < 0.2
+    actual = recipes["saturation"](activation, jnp.asarray(inputs), threshold=0.2)
+    np.testing.assert_allclose(actual, flat.mean(axis=(1, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["noisy", "clipped", "bounded", "attended", "by_adam", 0, 1, 2]
+)
+def test_recipes_in_the_chain(name, recipes, grads):
+    tx = recipes["scheduled"][name] if isinstance(name, int) else recipes[name]
+    params = recipes["initial"]
+
+    @jax.jit
+    def two_steps(params):
+        state = tx.init(params)
+        _, state = tx.update(grads, state, params)
+        return tx.update(grads, state, params)[0]
+
+    with jax.numpy_rank_promotion("allow"):
+        assert np.all(np.isfinite(two_steps(params)))

@@ -16,6 +16,7 @@ import optax
 import pytest
 
 import pranam_optax
+from conftest import make_params
 
 R, T = 6, 8
 GARBAGE = np.array([np.nan, np.inf, -np.inf], np.float32)
@@ -70,17 +71,6 @@ def draw_faults(rng, scenario):
     loss = np.where(by_loss, rng.choice(GARBAGE, (T, R)), 0).astype(np.float32)
     gradient = spoil(scenario.transient & ~by_loss, GARBAGE)
     return Faults(loss, gradient, spoil(scenario.fatal, WEIGHT_GARBAGE))
-
-
-def make_params():
-    return pranam_optax.replicate(
-        lambda key: {
-            "w": jax.random.normal(key, (3, 2)),
-            "b": jax.random.normal(jax.random.fold_in(key, 1)),
-        },
-        0,
-        R,
-    )
 
 
 def write(tree, garbage):
@@ -172,9 +162,9 @@ def assert_survived(name, scenario, faults, other_faults):
 
     # Restart the dead; the living keep their bits and all train on.
     new, new_state = revive(final, state_a, 0, values=None)
-    np.testing.assert_array_equal(
-        link_of(new_state).revived, dead & ~dead.all(), err_msg=str(scenario)
-    )
+    changed = (new["w"] != final["w"]) & np.isfinite(new["w"])
+    restarted = np.any(changed, axis=(1, 2))
+    np.testing.assert_array_equal(restarted, dead & ~dead.all(), err_msg=str(scenario))
     for x, y in zip(jax.tree.leaves(final), jax.tree.leaves(new), strict=True):
         np.testing.assert_array_equal(x[survivors], y[survivors])
     (last, last_state), _ = train(new, new_state, no_faults(R))
@@ -186,7 +176,7 @@ def assert_survived(name, scenario, faults, other_faults):
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 @pytest.mark.parametrize(
-    "num_scenarios", [5, pytest.param(400, marks=pytest.mark.slow)]
+    "num_scenarios", [5, pytest.param(100, marks=pytest.mark.slow)]
 )
 def test_survivors_keep_their_bits(name, num_scenarios):
     rng = np.random.default_rng(num_scenarios)
@@ -205,7 +195,7 @@ def test_survivors_keep_their_bits(name, num_scenarios):
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-@pytest.mark.parametrize("num_scenarios", [1, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_scenarios", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_survivors_might_as_well_be_alone(name, num_scenarios):
     """After the deaths the run is that of the survivors' rows, to rounding."""
     init, train, _ = programs(name)

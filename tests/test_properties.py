@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import pranam_optax
-from pranam_optax._minimize import _unit_gradients
+from conftest import as_matrix, assert_same_bits, make_gradients, rms
 
 bf16, f16, f32, f64 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64
 
@@ -36,7 +36,6 @@ class Case(NamedTuple):
     model: Any
     num_replicas: int
     features: tuple[int, ...]
-    warmup: str = "none"
 
 
 CASES = {
@@ -46,11 +45,11 @@ CASES = {
         (2,),
     ),
     "f16 with an empty leaf": Case([Leaf((4,), f16), Leaf((2, 0), f16)], 2, (2,)),
-    "f64 and f32": Case(Pair(Leaf((2,), f64), Leaf((3,), f32)), 3, (2,), "fit"),
-    "one array": Case(Leaf((5,), f32), 4, (2,), "fit"),
-    "scalars": Case({"w": Leaf((3, 2), f32), "b": Leaf((), f32)}, 3, (3,), "adapter"),
+    "f64 and f32": Case(Pair(Leaf((2,), f64), Leaf((3,), f32)), 3, (2,)),
+    "one array": Case(Leaf((5,), f32), 4, (2,)),
+    "scalars": Case({"w": Leaf((3, 2), f32), "b": Leaf((), f32)}, 3, (3,)),
     "one replica": Case(Pair(Leaf((3,), f32), Leaf((), f32)), 1, (2, 3)),
-    "bf16, deep": Case({"w": Leaf((2, 3), bf16)}, 6, (4, 5), "rescale"),
+    "bf16, deep": Case({"w": Leaf((2, 3), bf16)}, 6, (4, 5)),
     "f16 and f64": Case({"x": Leaf((2,), f16), "y": [Leaf((2,), f64)]}, 2, (1,)),
 }
 FAST = list(CASES)[:3]
@@ -86,25 +85,13 @@ def draw_tree(case, rng, scale):
     )
 
 
-def as_matrix(tree):
-    leaves = [np.asarray(x.astype(f32)) for x in jax.tree.leaves(tree)]
-    return np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
-
-
-def rms(tree):
-    return np.sqrt(np.mean(as_matrix(tree).astype(float) ** 2))
-
-
 def lane(tree, index):
     return jax.tree.map(lambda x: x[index], tree)
 
 
 def permute(state, order):
     """The state with the codes of the replicas in another order."""
-    phi = state.embedding.args[0]
-    table = phi.table[order]
-    f = state.embedding.func
-    return state._replace(embedding=jax.tree_util.Partial(f, phi._replace(table=table)))
+    return state._replace(phi=state.phi._replace(table=state.phi.table[order]))
 
 
 def types(tree):
@@ -112,8 +99,14 @@ def types(tree):
 
 
 def embedding_of(case):
-    return pranam_optax.mlp_embedding(
-        case.features, activation=jnp.tanh, warmup=case.warmup
+    """Deep ones with parameters drawn, since their fit is slow to compile."""
+    embedding = pranam_optax.mlp_embedding(case.features, activation=jnp.tanh)
+    if len(case.features) == 1:
+        return embedding
+    return embedding._replace(
+        init=lambda key, params: make_gradients(
+            jax.eval_shape(embedding.init, key, params)
+        )
     )
 
 
@@ -158,12 +151,13 @@ def pranam_program(case_name):
 
 @functools.cache
 def reparametrize_program(case_name):
-    tx = pranam_optax.reparametrize(optax.sgd(1e-3), embedding_of(CASES[case_name]))
+    embedding = embedding_of(CASES[case_name])
+    tx = pranam_optax.reparametrize(optax.sgd(1e-3), embedding)
 
     def update(grads, state, params, coupling):
         del coupling
         updates, state_after = tx.update(grads, state, params)
-        return updates, state_after.embedding.args[0], state_after.embedding()
+        return updates, state_after.phi, embedding.apply(state_after.phi)
 
     return lanes(case_name, lambda coupling: tx, update)
 
@@ -206,9 +200,7 @@ def check_pranam(name, drawn):
     assert size > 0.05 or coupling == 0.5  # where they might point apart
     np.testing.assert_allclose(rms(lane(raw, 0)), size * rms(grads), rtol=2 * atol)
     # Uncoupled the gradients come through bit for bit.
-    uncoupled = jax.tree.leaves(lane(raw, 3))
-    for new, old in zip(uncoupled, jax.tree.leaves(grads), strict=True):
-        assert np.asarray(new).tobytes() == np.asarray(old).tobytes()
+    assert_same_bits(lane(raw, 3), grads)
 
 
 def check_reparametrize(name, drawn):
@@ -216,7 +208,7 @@ def check_reparametrize(name, drawn):
     params, grads, order, scale, _ = drawn
     state, (updates, phi, output) = reparametrize_program(name)(*drawn)
     assert types(lane(updates, 0)) == types(grads)
-    assert types(lane(phi, 0)) == types(state.embedding.args[0])
+    assert types(lane(phi, 0)) == types(state.phi)
     # The update takes the replicas to the embedding.
     moved = as_matrix(params) + as_matrix(lane(updates, 0))
     target = as_matrix(lane(output, 0))
@@ -231,7 +223,7 @@ def check_reparametrize(name, drawn):
     )
     # Plain descent of phi is proportional to the gradient.
     for start, step, scaled in zip(
-        jax.tree.leaves(state.embedding.args[0]),
+        jax.tree.leaves(state.phi),
         jax.tree.leaves(lane(phi, 0)),
         jax.tree.leaves(lane(phi, 2)),
         strict=True,
@@ -247,7 +239,7 @@ def check_reparametrize(name, drawn):
 @pytest.mark.parametrize("check", [check_pranam, check_reparametrize])
 @pytest.mark.parametrize(
     ("names", "num_examples"),
-    [(FAST, 50), pytest.param(list(CASES), 2800, marks=pytest.mark.slow)],
+    [(FAST, 50), pytest.param(list(CASES), 800, marks=pytest.mark.slow)],
     ids=["fast", "slow"],
 )
 def test_properties(check, names, num_examples):
@@ -274,16 +266,19 @@ def test_properties(check, names, num_examples):
 # Gradients at both ends of f16
 
 
+F16 = pranam_optax.mlp_embedding((2,))
+
+
 @functools.cache
 def f16_program(normalize_updates):
     def update(grads, params, coupling):
         tx = pranam_optax.pranam(
-            pranam_optax.mlp_embedding((2,)),
+            F16,
             coupling=coupling,
             normalize_updates=normalize_updates,
         )
         updates, state = tx.update(grads, tx.init(params), params)
-        return updates, state.embedding(), state.nonfinite
+        return updates, F16.apply(state.phi), state.nonfinite
 
     return jax.jit(update)
 
@@ -334,10 +329,3 @@ def test_gradients_out_of_range_of_another_leaf(size):
         np.testing.assert_array_equal(state.nonfinite, 0)
         for name, update in updates.items():
             np.testing.assert_allclose(update, expected[name], rtol=1e-5)
-
-
-def test_unit_gradients_out_of_range_of_another_leaf():
-    grads = {"a": jnp.array([[2e-30, 1e-30]]), "b": jnp.zeros((1, 2), f16)}
-    units = _unit_gradients(grads)
-    np.testing.assert_allclose(units["a"], [[1, 0.5]], rtol=1e-6)
-    np.testing.assert_array_equal(units["b"], 0)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import pranam_optax
-from pranam_optax._embedding import Dense, MLPParams
+from pranam_optax import original
 
 pytestmark = pytest.mark.optimized
 
@@ -58,7 +58,7 @@ def stored_params(arrays, row):
     return {k.removeprefix("clone_"): a[row] for k, a in arrays["clones"].items()}
 
 
-def stored_phi(arrays, row, params):
+def stored_phi(arrays, row, params, embedding):
     """The embedding's parameters at a stored row, for the leaves in `params`."""
     first, *trunk, last = (jnp.asarray(layer[row]) for layer in arrays["layers"])
     # The original concatenates the variables in the order of their creation.
@@ -70,22 +70,26 @@ def stored_phi(arrays, row, params):
             heads[name] = last[:, start:stop].reshape(len(last), *shape)
             start = stop
     assert start == last.shape[1]
-    return MLPParams(
+    like = jax.eval_shape(embedding.init, jax.random.key(0), params)
+    return like._replace(
         table=first,
-        trunk=tuple(Dense(kernel, None) for kernel in trunk),
+        trunk=tuple(
+            layer._replace(kernel=kernel)
+            for layer, kernel in zip(like.trunk, trunk, strict=True)
+        ),
         heads={name: heads.get(name, x) for name, x in params.items()},
-        bias=None,
         scale=arrays["scale"],
-        shift=None,
     )
 
 
 def make_embedding(arrays, output_activation):
     widths = [layer.shape[2] for layer in arrays["layers"][:-1]]
-    mlp = pranam_optax.mlp_embedding(
-        widths, activation=jax.nn.relu, output_activation=output_activation
+    embedding = original.mlp_embedding(
+        widths, output_activation=output_activation, use_bias=False, warmup="none"
     )
-    return mlp._replace(init=lambda key, params: stored_phi(arrays, 0, params))
+    return embedding._replace(
+        init=lambda key, params: stored_phi(arrays, 0, params, embedding)
+    )
 
 
 def load(name):
@@ -165,7 +169,7 @@ def find_phi(state):
         return isinstance(node, pranam_optax.ReparametrizeState)
 
     (found,) = filter(is_state, jax.tree.leaves(state, is_leaf=is_state))
-    return found.embedding.args[0]
+    return found.phi
 
 
 def embedded_by(optimizer, output_activation=jnp.tanh):
@@ -262,13 +266,13 @@ def test_chaotic_trajectories_one_step_at_a_time(
     Only the optimizer's own state, which is not stored, comes from the steps before.
     """
     arrays = load(name)
-    tx = embedded_by(optimizer, output_activation)(arrays)
+    embedding = make_embedding(arrays, output_activation)
+    tx = pranam_optax.reparametrize(optimizer, embedding)
     step, state = make_step(tx, schwefel), tx.init(stored_params(arrays, 0))
     for k, loss in enumerate(arrays["loss"]):
         params = stored_params(arrays, k)
-        phi = stored_phi(arrays, k, params)
-        restart = jax.tree_util.Partial(state.embedding.func, phi)
-        params, state, values = step(params, state._replace(embedding=restart), k, ())
+        phi = stored_phi(arrays, k, params, embedding)
+        params, state, values = step(params, state._replace(phi=phi), k, ())
         distances = {"loss": distance(values, loss)}
         for key, theirs in stored_params(arrays, k + 1).items():
             distances[key] = distance(params[key], theirs)

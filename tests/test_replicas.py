@@ -1,3 +1,5 @@
+"""Making replicas, their gradients, and picking one of them."""
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -5,6 +7,9 @@ import numpy as np
 import pytest
 
 import pranam_optax
+from conftest import make_params, rows
+
+R = 4
 
 
 def init(key):
@@ -17,115 +22,87 @@ def loss(params, x, y, weight=1.0):
     return weight * jnp.mean((prediction - y) ** 2)
 
 
+def loss_and_aux(params, x, y, weight=1.0):
+    return loss(params, x, y, weight), {"x": x, "b": params["b"]}
+
+
 def data(n):
-    key = jax.random.key(7)
-    return jax.random.normal(key, (n, 3)), jax.random.normal(key, (n, 2))
+    rng = np.random.default_rng(7)
+    return tuple(jnp.asarray(rng.normal(size=(n, k)), jnp.float32) for k in (3, 2))
 
 
 def test_replicate_initialises_each_replica_from_its_own_key():
-    params = pranam_optax.replicate(init, 3, 4)
-    for r, key in enumerate(jax.random.split(jax.random.key(3), 4)):
-        chex.assert_trees_all_equal(
-            pranam_optax.select_replica(params, r), jax.jit(init)(key)
-        )
+    compiled = jax.jit(init)
+    for key in (3, jax.random.key(3), jax.random.PRNGKey(3)):
+        params = pranam_optax.replicate(init, key, R)
+        for r, key in enumerate(jax.random.split(jax.random.key(3), R)):
+            expected = compiled(key)
+            chex.assert_trees_all_close(rows(params, r), expected, rtol=1e-6)
 
 
-def test_replicate_takes_seeds_and_both_kinds_of_keys():
-    by_seed = pranam_optax.replicate(init, 3, 4)
-    chex.assert_trees_all_equal(
-        by_seed, pranam_optax.replicate(init, jax.random.key(3), 4)
-    )
-    chex.assert_trees_all_equal(
-        by_seed, pranam_optax.replicate(init, jax.random.PRNGKey(3), 4)
-    )
-
-
-@pytest.mark.parametrize("num_replicas", [0, -1, 2.0])
+@pytest.mark.parametrize("num_replicas", [0, -1, 2.0, True])
 def test_replicate_refuses_other_numbers(num_replicas):
     with pytest.raises(ValueError, match="num_replicas must be a positive int"):
         pranam_optax.replicate(init, 0, num_replicas)
 
 
-def test_shared_batch_equals_a_loop_over_replicas():
-    params = pranam_optax.replicate(init, 0, 4)
-    x, y = data(8)
-    values, grads = pranam_optax.replica_value_and_grad(loss)(params, x, y, weight=2.0)
-    assert values.shape == (4,)
-    for r in range(4):
-        value, grad = jax.value_and_grad(loss)(
-            pranam_optax.select_replica(params, r), x, y, 2.0
-        )
-        np.testing.assert_allclose(values[r], value, rtol=1e-6)
-        chex.assert_trees_all_close(
-            pranam_optax.select_replica(grads, r), grad, rtol=1e-5
-        )
-
-
-def test_split_batch_gives_each_replica_its_part():
-    params = pranam_optax.replicate(init, 0, 4)
-    x, y = data(8)
-    grad_fn = pranam_optax.replica_value_and_grad(loss, batch="split")
-    values, grads = grad_fn(params, x, y, weight=2.0)
-    for r in range(4):
-        part = slice(2 * r, 2 * r + 2)
-        value, grad = jax.value_and_grad(loss)(
-            pranam_optax.select_replica(params, r), x[part], y[part], 2.0
-        )
-        np.testing.assert_allclose(values[r], value, rtol=1e-6)
-        chex.assert_trees_all_close(
-            pranam_optax.select_replica(grads, r), grad, rtol=1e-5
-        )
+def test_replicate_takes_integers_of_numpy():
+    params = pranam_optax.replicate(init, 3, np.int64(R))
+    assert params["b"].shape == (R,)
 
 
 @pytest.mark.parametrize("batch", ["shared", "split"])
-def test_aux_gets_a_replica_axis(batch):
-    def loss_and_aux(params, x, y):
-        return loss(params, x, y), {"x": x, "b": params["b"]}
-
-    params = pranam_optax.replicate(init, 0, 4)
-    x, y = data(8)
-    plain = pranam_optax.replica_value_and_grad(loss, batch=batch)
-    with_aux = pranam_optax.replica_value_and_grad(
+def test_gradients_equal_a_loop_over_replicas(batch):
+    params, (x, y) = make_params(R), data(2 * R)
+    grad_fn = pranam_optax.replica_value_and_grad(
         loss_and_aux, has_aux=True, batch=batch
     )
-    (values, aux), grads = with_aux(params, x, y)
-    expected_values, expected_grads = plain(params, x, y)
-    np.testing.assert_array_equal(values, expected_values)
-    chex.assert_trees_all_equal(grads, expected_grads)
+    (values, aux), grads = jax.jit(grad_fn)(params, x, y, weight=2.0)
+    one = jax.jit(jax.value_and_grad(loss))
+    assert values.shape == (R,)
+    for r in range(R):
+        part = slice(2 * r, 2 * r + 2) if batch == "split" else slice(None)
+        value, grad = one(rows(params, r), x[part], y[part], 2.0)
+        np.testing.assert_allclose(values[r], value, rtol=1e-6)
+        chex.assert_trees_all_close(rows(grads, r), grad, rtol=1e-5)
+        np.testing.assert_array_equal(aux["x"][r], x[part])
     np.testing.assert_array_equal(aux["b"], params["b"])
-    assert aux["x"].shape == ((4, 8, 3) if batch == "shared" else (4, 2, 3))
+
+    plain = pranam_optax.replica_value_and_grad(loss, batch=batch)
+    expected = jax.jit(plain)(params, x, y, weight=2.0)
+    chex.assert_trees_all_close((values, grads), expected, rtol=1e-6)
 
 
 def test_batch_errors():
-    params = pranam_optax.replicate(init, 0, 4)
-    split = pranam_optax.replica_value_and_grad(loss, batch="split")
-    with pytest.raises(ValueError, match=r"argument\[0\] has shape \(6, 3\)"):
-        split(params, *data(6))
-    with pytest.raises(ValueError, match=r"argument\[1\] has shape \(\)"):
-        split(params, data(8)[0], 0.0)
+    params = make_params(R)
+
+    def raises(match, params, *args):
+        grad_fn = pranam_optax.replica_value_and_grad(loss, batch="split")
+        with pytest.raises(ValueError, match=match):
+            grad_fn(params, *args)
+
+    raises(r"argument\[0\] has shape \(6, 3\)", params, *data(6))
+    raises(r"argument\[1\] has shape \(\)", params, data(8)[0], 0.0)
+    one = {"w": jnp.ones((3, 2)), "b": jnp.ones(())}
+    raises(r"params\['b'\] has shape \(\) and no replica", one, *data(8))
     with pytest.raises(ValueError, match="batch must be 'shared' or 'split', got 'x'"):
         pranam_optax.replica_value_and_grad(loss, batch="x")
-    with pytest.raises(
-        ValueError, match=r"params\['b'\] has shape \(\) and no replica"
-    ):
-        pranam_optax.replica_value_and_grad(loss)(init(jax.random.key(0)), *data(8))
 
 
-def test_select_replica():
-    params = pranam_optax.replicate(init, 0, 4)
-    expected = jax.tree.map(lambda x: x[2], params)
-    chex.assert_trees_all_equal(pranam_optax.select_replica(params, 2), expected)
-    chex.assert_trees_all_equal(pranam_optax.select_replica(params, -2), expected)
-    chex.assert_trees_all_equal(
-        jax.jit(pranam_optax.select_replica)(params, jnp.asarray(2)), expected
-    )
+@pytest.mark.parametrize("index", [2, -2, np.int64(2), np.int32(-2)])
+def test_select_replica(index):
+    params = make_params(R)
+    expected = rows(params, 2)
+    chex.assert_trees_all_equal(pranam_optax.select_replica(params, index), expected)
     host = jax.tree.map(np.asarray, params)
-    chex.assert_trees_all_equal(
-        jax.jit(lambda i: pranam_optax.select_replica(host, i))(2), expected
-    )
-    for index in (4, -5):
-        with pytest.raises(IndexError, match=f"replica {index} of 4"):
-            pranam_optax.select_replica(params, index)
+    traced = jax.jit(lambda i: pranam_optax.select_replica(host, i))
+    chex.assert_trees_all_equal(traced(index), expected)
+
+
+@pytest.mark.parametrize("index", [4, -5, np.int64(4), np.int32(-5)])
+def test_select_replica_out_of_range(index):
+    with pytest.raises(IndexError, match=f"replica {index} of 4"):
+        pranam_optax.select_replica(make_params(R), index)
 
 
 @pytest.mark.parametrize(
@@ -140,11 +117,10 @@ def test_select_replica():
     ],
 )
 def test_best_replica(values, best):
-    params = {"w": jnp.arange(6.0).reshape(3, 2)}
-    for fn in (pranam_optax.best_replica, jax.jit(pranam_optax.best_replica)):
-        np.testing.assert_array_equal(
-            fn(params, jnp.array(values))["w"], params["w"][best]
-        )
+    params = make_params(3)
+    for given in (values, jnp.array(values)):
+        found = pranam_optax.best_replica(params, given)
+        chex.assert_trees_all_equal(found, rows(params, best))
 
 
 def test_best_replica_needs_one_value_per_replica():
