@@ -1,0 +1,568 @@
+"""Elastic averaging against its controls; the tables of docs/elastic.md.
+
+    python examples/benchmarks/elastic.py --quick
+    python examples/benchmarks/elastic.py --stage run --out elastic.json
+    python examples/benchmarks/elastic.py --stage tables --out elastic.json
+
+All rates, seeds and settings of a method that differ in numbers alone are one compiled
+program. Rates are multiples of the spread of random starts, fall to zero along a cosine
+and are chosen on the tuning seeds; the tables show the report seeds.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from elastic_tables import print_tables
+
+import pranam_optax
+from pranam_optax import problems
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import potential_energy
+from flax_mnist import load_mnist
+from tasks import Network, convolutional, dense
+
+# Losses decide on 1e-9: no matrix product in reduced precision.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# Each with a learning rate of 1; the step multiplies by the schedule.
+OPTIMIZERS: dict[str, optax.GradientTransformation] = {
+    "Adam": optax.adam(1.0),
+    "AdamW": optax.adamw(1.0, weight_decay=0.01),
+    "RMSProp": optax.rmsprop(1.0),
+    "momentum": optax.sgd(1.0, momentum=0.9),
+}
+EMA, SWA = 0.999, 0.75
+
+
+class Method(NamedTuple):
+    """One way to train; the first five fields choose a program, the rest are data.
+
+    Attributes:
+      replicas: R, each with its own part of the examples of a step.
+      optimizer: one of `OPTIMIZERS`.
+      before: whether `pranam` stands before the optimizer.
+      width: of the embedding behind the optimizer; 0 is the mean.
+      sequential: k, to take k times as many steps with 1/k of the examples each.
+      gamma: strength of the elastic pull.
+      release: part of the run over which gamma falls to zero; 0 keeps it.
+      tied: 1 to let gamma fall like the learning rate.
+      every: the replicas meet at every k-th step.
+      normalize: 1 to normalise the gradients (without `before`).
+      constant: 1 for a constant learning rate.
+      step, own, coupled: of `pranam`: its step size, 1 to multiply that by
+        rms(G) / rms(mean of G), and the part of the run after which it is released.
+    """
+
+    replicas: int = 4
+    optimizer: str = "Adam"
+    before: bool = False
+    width: int = 0
+    sequential: int = 1
+    gamma: float = 0.0
+    release: float = 0.0
+    tied: float = 0.0
+    every: int = 1
+    normalize: float = 0.0
+    constant: float = 0.0
+    step: float = 4.0
+    own: float = 0.0
+    coupled: float = 0.6
+
+
+class Task(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      draw: `draw(key)`, the arrays of an instance.
+      init: `init(key)`, the params of one replica.
+      loss: `loss(data, instance, params, batch)`; `batch` is None for full batches.
+      evaluate: `evaluate(data, instance, params)` of one model, a dict.
+      examples: per step, of all replicas together; 0 for full batches.
+      tuning, report: numbers of seeds, from 1000 and from 0.
+    """
+
+    draw: Callable[[jax.Array], Any]
+    init: Callable[[jax.Array], Any]
+    loss: Callable[..., jax.Array]
+    evaluate: Callable[..., dict[str, jax.Array]]
+    methods: dict[str, Method]
+    rates: tuple[float, ...]
+    steps: int
+    data: Any = ()
+    examples: int = 0
+    tuning: int = 10
+    report: int = 20
+
+
+def rms(tree: Any) -> jax.Array:
+    return optax.tree.norm(tree) / optax.tree.size(tree) ** 0.5
+
+
+def mean(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.mean(axis=0), tree)
+
+
+def minus(tree: Any, single: Any) -> Any:
+    return jax.tree.map(lambda x, m: x - m[None], tree, single)
+
+
+def train(
+    task: Task, static: Method, data: Any, numbers: Method, rate: Any, key: jax.Array
+) -> dict[str, jax.Array]:
+    """One run: scores at its end."""
+    instance_key, init_key, batch_key = jax.random.split(key, 3)
+    instance = task.draw(instance_key)
+    num_replicas, num_steps = static.replicas, task.steps * static.sequential
+    starts = pranam_optax.replicate(task.init, init_key, max(num_replicas, 16))
+    unit = rms(minus(starts, mean(starts)))
+    params = jax.tree.map(lambda x: x[:num_replicas], starts)
+
+    def gradients(params: Any, t: Any) -> Any:
+        grad = jax.grad(partial(task.loss, data, instance))
+        if not task.examples:
+            return jax.vmap(lambda p: grad(p, None))(params)
+        shape = num_replicas, task.examples // static.sequential // num_replicas
+        key = jax.random.fold_in(batch_key, t)
+        batch = jax.random.randint(key, shape, 0, len(data.train_x))
+        return jax.vmap(grad)(params, batch)
+
+    def link(step: Any, coupling: Any) -> optax.GradientTransformationExtraArgs:
+        return pranam_optax.pranam(step_size=step, coupling=coupling)
+
+    def project(updates: Any, state: Any, params: Any) -> Any:
+        """V minus the embedding after a projection step on V."""
+        moved = optax.apply_updates(params, updates)
+        if not static.width:
+            return minus(moved, mean(moved)), state
+        # With s = 0 that is what pranam does to its embedding.
+        _, state = link(0.0, 1.0).update(updates, state, moved)
+        f = pranam_optax.embedding_output(state)
+        return jax.tree.map(jnp.subtract, moved, f), state
+
+    inner = OPTIMIZERS[static.optimizer]
+    if static.optimizer == "momentum":  # whose steps are as long as the gradients
+        unit = 0.1 * unit / rms(gradients(params, 0))
+    before = link(4.0, 1.0).init(params) if static.before else ()
+    after = link(0.0, 1.0).init(params) if static.width else ()
+
+    def step(carry: Any, t: Any) -> Any:
+        params, before, state, after, averages = carry
+        passed = t / num_steps
+        grads = gradients(params, t)
+        if static.before:
+            coupling = jnp.maximum(1 - passed / numbers.coupled, 0.0)
+            ratio = rms(grads) / (rms(mean(grads)) + 1e-30)
+            s = numbers.step * jnp.where(numbers.own > 0, ratio, 1.0)
+            grads, before = link(s, coupling).update(grads, before, params)
+        else:
+            factor = jnp.where(numbers.normalize > 0, 1 / (rms(grads) + 1e-30), 1.0)
+            grads = optax.tree.scale(factor, grads)
+        cosine = 0.5 + 0.5 * jnp.cos(jnp.pi * passed)
+        schedule = jnp.where(numbers.constant > 0, 1.0, cosine)
+        updates, state = inner.update(grads, state, params)
+        updates = optax.tree.scale(rate * unit * schedule, updates)
+        if num_replicas > 1:
+            pull, after = project(updates, after, params)
+            release = jnp.where(numbers.release > 0, numbers.release, jnp.inf)
+            gamma = numbers.gamma * jnp.maximum(1 - passed / release, 0.0)
+            gamma = gamma * jnp.where(numbers.tied > 0, schedule, 1.0)
+            gamma = jnp.where((t + 1) % numbers.every == 0, gamma, 0.0)
+            updates = jax.tree.map(lambda u, p: u - gamma * p, updates, pull)
+        params = optax.apply_updates(params, updates)
+        if static.sequential > 1:
+            ema, swa = averages
+            late = passed >= SWA
+            share = late / jnp.maximum(t + 1 - SWA * num_steps, 1)
+            averages = (
+                optax.tree.add_scale(ema, 1 - EMA, optax.tree.sub(params, ema)),
+                optax.tree.add_scale(swa, share, optax.tree.sub(params, swa)),
+            )
+        return (params, before, state, after, averages), None
+
+    averages = (params, params) if static.sequential > 1 else ()
+    carry = params, before, inner.init(params), after, averages
+    carry, _ = jax.lax.scan(step, carry, jnp.arange(num_steps))
+    params, *_, averages = carry
+
+    evaluate = partial(task.evaluate, data, instance)
+    scores = jax.vmap(evaluate)(params)
+    best = jnp.argsort(scores["loss"])[0]
+    found: dict[str, jax.Array] = {
+        "unit": unit,
+        "spread": rms(minus(params, mean(params))),
+    }
+    for name, values in scores.items():
+        found |= {f"mean {name}": values.mean(), f"best {name}": values[best]}
+    singles = {"average": mean(params)}
+    if static.sequential > 1:
+        singles |= {"EMA": mean(averages[0]), "SWA": mean(averages[1])}
+    if num_replicas == 16:
+        singles["soup"] = soup(evaluate, params, scores["loss"])
+    for name, single in singles.items():
+        found |= {f"{name} {k}": x for k, x in evaluate(single).items()}
+    return found
+
+
+def soup(evaluate: Callable[..., Any], params: Any, losses: jax.Array) -> Any:
+    """The greedy soup: from the best, each that lowers the average's loss joins."""
+
+    def add(carry: Any, index: jax.Array) -> Any:
+        average, count, lowest = carry
+        one = jax.tree.map(lambda x: x[index], params)
+        tried = jax.tree.map(lambda a, x: a + (x - a) / (count + 1), average, one)
+        loss = evaluate(tried)["loss"]
+        better = loss < lowest
+        pick = partial(jnp.where, better)
+        average = jax.tree.map(pick, tried, average)
+        return (average, count + better, pick(loss, lowest)), None
+
+    order = jnp.argsort(losses)
+    start = jax.tree.map(lambda x: x[order[0]], params)
+    (average, *_), _ = jax.lax.scan(add, (start, 1, losses[order[0]]), order[1:])
+    return average
+
+
+def thousands(fun: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """Mean over the data, of which 1000 at a time fit into memory."""
+    parts = [x.reshape(-1, 1000, *x.shape[1:]) for x in arrays]
+    return jax.tree.map(jnp.mean, jax.lax.map(lambda part: fun(*part), parts))
+
+
+def mnist(network: Network, data: Any, **fields: Any) -> Task:
+    entropy = optax.softmax_cross_entropy_with_integer_labels
+
+    def loss(data: Any, _: Any, params: Any, batch: jax.Array) -> jax.Array:
+        logits = network.logits(params, data.train_x[batch])
+        return entropy(logits, data.train_y[batch]).mean()
+
+    def evaluate(data: Any, _: Any, params: Any) -> dict[str, jax.Array]:
+        def cross(x: jax.Array, y: jax.Array) -> jax.Array:
+            return entropy(network.logits(params, x), y)
+
+        def hits(x: jax.Array, y: jax.Array) -> jax.Array:
+            return (network.logits(params, x).argmax(-1) == y).astype(jnp.float32)
+
+        return {
+            "loss": thousands(cross, data.train_x, data.train_y),
+            "accuracy": thousands(hits, data.test_x, data.test_y),
+        }
+
+    rates = (0.06, 0.125, 0.25, 0.5, 1.0, 2.0)
+    seeds = {"tuning": 4, "report": 8}
+    return Task(
+        lambda key: (),
+        network.init,
+        loss,
+        evaluate,
+        rates=rates,
+        data=data,
+        **seeds,
+        **fields,
+    )
+
+
+def regression(make: Callable[[jax.Array], problems.Regression], steps: int) -> Task:
+    """A model to fit to all of its data."""
+    shape = make(jax.random.key(0))
+
+    def loss(data: Any, xy: Any, params: Any, _: Any = None) -> jax.Array:
+        return jnp.mean((shape.predict(params, xy[0]) - xy[1]) ** 2)
+
+    def draw(key: jax.Array) -> Any:
+        made = make(key)
+        return made.x, made.y
+
+    return Task(
+        draw,
+        shape.init,
+        loss,
+        lambda *args: {"loss": loss(*args)},
+        methods=MODELS,
+        rates=(0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+        steps=steps,
+    )
+
+
+def morse(key: jax.Array) -> problems.Regression:
+    """A tanh network of 3-16-16-1 for the energy of three coupled Morse bonds."""
+    net = problems.teacher_network(0, features=(3, 16, 16, 1))
+    keys = jax.random.split(key, 4)
+    r = jax.random.uniform(keys[0], (500, 3), minval=0.7, maxval=2.5)
+    depth, a = jax.random.uniform(keys[1], (2, 1, 3), minval=0.5, maxval=2.0)
+    r_e = jax.random.uniform(keys[2], (1, 3), minval=0.9, maxval=1.4)
+    stretch = r - r_e
+    bonds = jnp.sum(depth * (1 - jnp.exp(-a * stretch)) ** 2, axis=1)
+    cross = jax.random.uniform(keys[3], (1, 3), minval=-0.2, maxval=0.2)
+    y = bonds + jnp.sum(cross * stretch * jnp.roll(stretch, 1, axis=1), axis=1)
+    x = (r - r.mean(0)[None]) / r.std(0)[None]
+    return net._replace(x=x, y=(y - y.mean()) / y.std())
+
+
+def water(data_dir: Path | None) -> Callable[[jax.Array], problems.Regression]:
+    """The 3-4-1 network for H2O; the instances are starts."""
+    folder = data_dir / "chem" if data_dir else None
+    fit = potential_energy.load(folder)["H2O, 3-4-1 network"]
+    net = problems.teacher_network(0, features=(3, 4, 1))
+    x, y = jnp.asarray(fit.x, jnp.float32), jnp.asarray(fit.y, jnp.float32)
+    return lambda key: net._replace(x=x, y=y)
+
+
+def function(problem: problems.Problem) -> Task:
+    """Flipped, shifted and rotated; the height above the minimum."""
+
+    def height(data: Any, key: Any, x: Any, _: Any = None) -> jax.Array:
+        instance = problems.randomize(problem, key, rotated=True)
+        return instance.fun(x) - problem.minimum
+
+    return Task(
+        lambda key: key,
+        problem.init,
+        height,
+        lambda *args: {"loss": height(*args)},
+        methods=FUNCTIONS,
+        rates=(0.05, 0.1, 0.2, 0.5, 1.0, 2.0),
+        steps=1000,
+        tuning=5,
+    )
+
+
+ONE, ELASTIC = Method(1), Method(4, gamma=0.1)
+SIXTEEN = Method(16, gamma=0.1)
+MAIN = {
+    "one model": ONE,
+    "one, 16x steps": ONE._replace(sequential=16),
+    "one, 16x steps, constant rate": ONE._replace(sequential=16, constant=1),
+    "independent 16": Method(16),
+    "elastic 16": SIXTEEN,
+    "elastic 4": ELASTIC,
+    "elastic 4, normalised": ELASTIC._replace(normalize=1),
+    "elastic 16, normalised": SIXTEEN._replace(normalize=1),
+    "pranam 16": Method(16, before=True, step=1, coupled=0.3),
+}
+STRENGTHS = {
+    f"elastic {r}, gamma {g}": Method(r, gamma=g)
+    for r in (4, 16)
+    for g in (0.01, 0.03, 0.3)
+}
+DETAILS = STRENGTHS | {
+    "elastic 4, gamma 1": ELASTIC._replace(gamma=1),
+    "one model, normalised": ONE._replace(normalize=1),
+    "one, 4x steps": ONE._replace(sequential=4),
+    "independent 4": Method(4),
+    "elastic 4, released": ELASTIC._replace(release=1),
+    "elastic 16, released": SIXTEEN._replace(release=1),
+    "elastic 4, tied": ELASTIC._replace(tied=1),
+    "elastic 16, tied": SIXTEEN._replace(tied=1),
+    "elastic 16, width 4": SIXTEEN._replace(width=4),
+    **{
+        f"elastic 4, every {k}, gamma {g}": ELASTIC._replace(every=k, gamma=g)
+        for k in (4, 16, 64)
+        for g in (0.1, 0.3, 0.6)
+    },
+}
+CONV = {
+    "one model": ONE,
+    "one, 4x steps": ONE._replace(sequential=4),
+    "one, 4x steps, constant rate": ONE._replace(sequential=4, constant=1),
+    "independent 4": Method(4),
+    "elastic 4": ELASTIC,
+    "elastic 4, normalised": ELASTIC._replace(normalize=1),
+    "pranam 4": Method(4, before=True, step=1, coupled=0.3),
+    **{k: m for k, m in STRENGTHS.items() if m.replicas == 4},
+}
+_NORMAL = Method(32, normalize=1)
+MODELS = {
+    "independent": Method(32),
+    "normalised": _NORMAL,
+    "elastic .01, 20 %": _NORMAL._replace(gamma=0.01, release=0.2),
+    "elastic .03, 20 %": _NORMAL._replace(gamma=0.03, release=0.2),
+    "elastic .03, 60 %": _NORMAL._replace(gamma=0.03, release=0.6),
+    "elastic .1, 20 %": _NORMAL._replace(gamma=0.1, release=0.2),
+    "elastic .01, 20 %, plain": Method(32, gamma=0.01, release=0.2),
+    "elastic .03, 20 %, plain": Method(32, gamma=0.03, release=0.2),
+    "pranam": Method(32, before=True),
+    "elastic .01, 20 %, width 4": _NORMAL._replace(gamma=0.01, release=0.2, width=4),
+}
+_BOTH = Method(64, before=True, release=0.6)
+FUNCTIONS = {
+    "independent": Method(64),
+    "normalised": Method(64, normalize=1),
+    "elastic .03, 60 %": Method(64, normalize=1, gamma=0.03, release=0.6),
+    "pranam": _BOTH,
+    "pranam, elastic .03": _BOTH._replace(gamma=0.03),
+    "own step": _BOTH._replace(step=1, own=1),
+    "own step 0.5": _BOTH._replace(step=0.5, own=1),
+    **{
+        f"own step, elastic {g}": _BOTH._replace(step=1, own=1, gamma=g)
+        for g in (0.01, 0.03, 0.1)
+    },
+}
+
+
+def make_tasks(data_dir: Path | None) -> dict[str, Task]:
+    """In the order in which they matter."""
+    data = load_mnist(data_dir / "mnist" if data_dir else None)
+    batch = {"examples": 2048, "steps": 1000}
+
+    def renamed(optimizer: str) -> dict[str, Method]:
+        methods = {k: m for k, m in MAIN.items() if "pranam" not in k} | STRENGTHS
+        return {k: m._replace(optimizer=optimizer) for k, m in methods.items()}
+
+    tasks = {"MNIST 10-10": mnist(dense(10, 10), data, methods=MAIN | DETAILS, **batch)}
+    for name, act in (("tanh", jnp.tanh), ("relu", jax.nn.relu)):
+        for sizes in ((8, 16, 1), (5, 6, 6, 1), (4, 5, 1)):
+            make = partial(problems.teacher_network, features=sizes, activation=act)
+            tasks[f"{name} {'-'.join(map(str, sizes))}"] = regression(make, 1000)
+    tasks["polynomial"] = regression(problems.polynomial_fit, 1000)
+    tasks["Morse, tanh 3-16-16-1"] = regression(morse, 2000)
+    tasks["H2O, tanh 3-4-1"] = regression(water(data_dir), 1000)
+    tasks["MNIST 20-20"] = mnist(dense(20, 20), data, methods=MAIN, **batch)
+    tasks["Schwefel"] = function(problems.bound(problems.schwefel(30)))
+    tasks["Rastrigin"] = function(problems.rastrigin(30))
+    tasks["Levy"] = function(problems.levy(30))
+    tasks["Styblinski-Tang"] = function(problems.styblinski_tang(30))
+    tasks["Ackley"] = function(problems.ackley(30))
+    for name in ("momentum", "RMSProp", "AdamW"):
+        methods = renamed(name)
+        tasks[f"MNIST 10-10, {name}"] = mnist(
+            dense(10, 10), data, methods=methods, **batch
+        )
+    tasks["MNIST conv"] = mnist(
+        convolutional((4, 4, 8), (3, 2, 16)),
+        data,
+        methods=CONV,
+        examples=512,
+        steps=2000,
+    )
+    return tasks
+
+
+def arrays(methods: Sequence[Method]) -> Method:
+    """The numbers of several methods, stacked, and None for what is static."""
+    columns = [
+        np.array(column, np.float32) for column in zip(*(m[5:] for m in methods), strict=True)
+    ]
+    numbers: Any = Method(*[None] * 5, *columns)  # type: ignore[arg-type]
+    return numbers._replace(every=numbers.every.astype(np.int32))
+
+
+class Job(NamedTuple):
+    """The methods of a task that share a program."""
+
+    task: str
+    names: tuple[str, ...]
+    arguments: tuple[Any, ...]
+    compiled: Callable[[], Any]
+
+
+def make_job(name: str, task: Task, static: Method, names: Sequence[str]) -> Job:
+    seeds = [*range(task.report), *range(1000, 1000 + task.tuning)]
+    methods = [task.methods[k] for k in names for _ in task.rates]
+    rates = np.tile(np.array(task.rates, np.float32), len(names))
+    run = partial(train, task, static)
+    program = jax.vmap(jax.vmap(run, (None, 0, 0, None)), (None, None, None, 0))
+    arguments = (
+        task.data,
+        arrays(methods),
+        rates,
+        jax.vmap(jax.random.key)(np.array(seeds)),
+    )
+    return Job(
+        name,
+        tuple(names),
+        arguments,
+        lambda: jax.jit(program).lower(*arguments).compile(),
+    )
+
+
+def run_all(tasks: dict[str, Task], out: Path, minutes: float, threads: int) -> None:
+    """Compiles side by side and runs one after the other, until time is up."""
+    begin = time.perf_counter()
+    jobs = []
+    for name, task in tasks.items():
+        groups: dict[Method, list[str]] = {}
+        for k, method in task.methods.items():
+            groups.setdefault(Method(*method[:5]), []).append(k)
+        jobs += [make_job(name, task, *group) for group in groups.items()]
+    results: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = [pool.submit(job.compiled) for job in jobs]
+        for job, future in zip(jobs, waiting, strict=True):
+            label = f"{job.task}: {job.names[0]}"
+            if time.perf_counter() - begin > 60 * minutes:
+                print(f"no time for {label}")
+                future.cancel()
+                continue
+            task = tasks[job.task]
+            try:
+                program = future.result()
+                start = time.perf_counter()
+                found = jax.device_get(program(*job.arguments))
+            except Exception as error:
+                print(f"{label} failed: {str(error)[:500]}")
+                continue
+            now = time.perf_counter()
+            seconds[label] = [round(now - start, 2), round(now - begin, 1)]
+            print(label, *seconds[label], flush=True)
+            row = results.setdefault(job.task, {"rates": task.rates, "methods": {}})
+            row["seeds"] = [*range(task.report), *range(1000, 1000 + task.tuning)]
+            for i, k in enumerate(job.names):
+                part = slice(i * len(task.rates), (i + 1) * len(task.rates))
+                row["methods"][k] = {
+                    measure: [
+                        [float(f"{x:.5g}") for x in line[part]] for line in values
+                    ]
+                    for measure, values in found.items()
+                }
+            about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+            everything = {"about": about, "seconds": seconds, "tasks": results}
+            partial_file = out.with_suffix(".partial")
+            partial_file.write_text(json.dumps(everything))
+            partial_file.rename(out)
+
+
+def small(task: Task) -> Task:
+    """The same in seconds."""
+    return task._replace(
+        steps=8, tuning=1, report=2, rates=task.rates[2:4], examples=task.examples // 32
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data-dir", type=Path, help="holds mnist/ and chem/")
+    parser.add_argument("--stage", choices=("run", "tables", "all"), default="all")
+    parser.add_argument("--out", type=Path, default=Path("elastic.json"))
+    parser.add_argument("--tasks", nargs="*", help="only these")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no job later")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if args.stage != "tables":
+        tasks = make_tasks(args.data_dir)
+        if args.quick:
+            args.tasks = args.tasks or ["tanh 4-5-1", "Ackley"]
+            tasks = {name: small(task) for name, task in tasks.items()}
+        if args.tasks:
+            tasks = {name: tasks[name] for name in args.tasks}
+        run_all(tasks, args.out, args.minutes, args.threads)
+    if args.stage != "run":
+        print_tables(json.loads(args.out.read_text()))
+
+
+if __name__ == "__main__":
+    main()

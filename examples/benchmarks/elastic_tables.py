@@ -1,0 +1,2 @@
+def print_tables(x):
+    pass
