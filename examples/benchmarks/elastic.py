@@ -291,7 +291,7 @@ def regression(make: Callable[[jax.Array], problems.Regression], steps: int) -> 
         loss,
         lambda *args: {"loss": loss(*args)},
         methods=MODELS,
-        rates=(0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+        rates=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
         steps=steps,
     )
 
@@ -323,12 +323,19 @@ def water(data_dir: Path | None) -> Callable[[jax.Array], problems.Regression]:
 def function(problem: problems.Problem) -> Task:
     """Flipped, shifted and rotated; the height above the minimum."""
 
-    def height(data: Any, key: Any, x: Any, _: Any = None) -> jax.Array:
-        instance = problems.randomize(problem, key, rotated=True)
-        return instance.fun(x) - problem.minimum
+    def draw(key: jax.Array) -> Any:
+        # What lies between x and the function is affine; its matrix, once for all steps.
+        probe = problem._replace(fun=lambda x: x)
+        affine = problems.randomize(probe, key, rotated=True).fun
+        zero = jnp.zeros_like(problem.low)
+        return jax.jacobian(affine)(zero), affine(zero)
+
+    def height(data: Any, affine: Any, x: Any, _: Any = None) -> jax.Array:
+        matrix, offset = affine
+        return problem.fun(matrix @ x + offset) - problem.minimum
 
     return Task(
-        lambda key: key,
+        draw,
         problem.init,
         height,
         lambda *args: {"loss": height(*args)},
@@ -453,7 +460,8 @@ def make_tasks(data_dir: Path | None) -> dict[str, Task]:
 def arrays(methods: Sequence[Method]) -> Method:
     """The numbers of several methods, stacked, and None for what is static."""
     columns = [
-        np.array(column, np.float32) for column in zip(*(m[5:] for m in methods), strict=True)
+        np.array(column, np.float32)
+        for column in zip(*(m[5:] for m in methods), strict=True)
     ]
     numbers: Any = Method(*[None] * 5, *columns)  # type: ignore[arg-type]
     return numbers._replace(every=numbers.every.astype(np.int32))
@@ -488,15 +496,20 @@ def make_job(name: str, task: Task, static: Method, names: Sequence[str]) -> Job
     )
 
 
-def run_all(tasks: dict[str, Task], out: Path, minutes: float, threads: int) -> None:
-    """Compiles side by side and runs one after the other, until time is up."""
+def run_all(tasks: dict[str, Task], out: Path, minutes: float, threads: int) -> int:
+    """Compiles side by side and runs one after the other, until time is up.
+
+    Returns how many programs failed.
+    """
     begin = time.perf_counter()
-    jobs = []
+    jobs, failures = [], 0
     for name, task in tasks.items():
         groups: dict[Method, list[str]] = {}
         for k, method in task.methods.items():
             groups.setdefault(Method(*method[:5]), []).append(k)
         jobs += [make_job(name, task, *group) for group in groups.items()]
+    full = [job for job in jobs if "width" not in job.names[0]]
+    jobs = full + [job for job in jobs if job not in full]
     results: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {}
     with ThreadPoolExecutor(threads) as pool:
@@ -513,7 +526,8 @@ def run_all(tasks: dict[str, Task], out: Path, minutes: float, threads: int) -> 
                 start = time.perf_counter()
                 found = jax.device_get(program(*job.arguments))
             except Exception as error:
-                print(f"{label} failed: {str(error)[:500]}")
+                print(f"{label} failed: {str(error)[:500]}", flush=True)
+                failures += 1
                 continue
             now = time.perf_counter()
             seconds[label] = [round(now - start, 2), round(now - begin, 1)]
@@ -533,6 +547,7 @@ def run_all(tasks: dict[str, Task], out: Path, minutes: float, threads: int) -> 
             partial_file = out.with_suffix(".partial")
             partial_file.write_text(json.dumps(everything))
             partial_file.rename(out)
+    return failures
 
 
 def small(task: Task) -> Task:
@@ -559,7 +574,8 @@ def main() -> None:
             tasks = {name: small(task) for name, task in tasks.items()}
         if args.tasks:
             tasks = {name: tasks[name] for name in args.tasks}
-        run_all(tasks, args.out, args.minutes, args.threads)
+        if run_all(tasks, args.out, args.minutes, args.threads):
+            raise SystemExit("not every program ran")
     if args.stage != "run":
         print_tables(json.loads(args.out.read_text()))
 
