@@ -324,7 +324,7 @@ def function(problem: problems.Problem) -> Task:
     """Flipped, shifted and rotated; the height above the minimum."""
 
     def draw(key: jax.Array) -> Any:
-        # What lies between x and the function is affine; its matrix, once for all steps.
+        # What lies between x and the function is affine: its matrix, drawn once.
         probe = problem._replace(fun=lambda x: x)
         affine = problems.randomize(probe, key, rotated=True).fun
         zero = jnp.zeros_like(problem.low)
@@ -553,7 +553,12 @@ def run_all(tasks: dict[str, Task], out: Path, minutes: float, threads: int) -> 
 def small(task: Task) -> Task:
     """The same in seconds."""
     return task._replace(
-        steps=8, tuning=1, report=2, rates=task.rates[2:4], examples=task.examples // 32
+        steps=8,
+        tuning=1,
+        report=2,
+        rates=task.rates[2:4],
+        examples=task.examples // 32,
+        data=jax.tree.map(lambda x: x[:2000], task.data),
     )
 
 
