@@ -528,6 +528,9 @@ def run_all(tasks: dict[str, Task], out: Path, minutes: float, threads: int) -> 
             except Exception as error:
                 print(f"{label} failed: {str(error)[:500]}", flush=True)
                 failures += 1
+                if failures > 2 and not results:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise SystemExit("nothing runs here") from error
                 continue
             now = time.perf_counter()
             seconds[label] = [round(now - start, 2), round(now - begin, 1)]
