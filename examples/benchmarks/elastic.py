@@ -142,21 +142,23 @@ def train(
     def link(step: Any, coupling: Any) -> optax.GradientTransformationExtraArgs:
         return pranam_optax.pranam(step_size=step, coupling=coupling)
 
-    def project(updates: Any, state: Any, params: Any) -> Any:
-        """V minus the embedding after a projection step on V."""
+    def elastic(gamma: Any) -> optax.GradientTransformationExtraArgs:
+        embedding = pranam_optax.mlp_embedding((static.width,))
+        return pranam_optax.elastic_averaging(gamma, embedding)
+
+    def pull(updates: Any, state: Any, params: Any, gamma: Any) -> Any:
+        if static.width:
+            return elastic(gamma).update(updates, state, params)
+        # What `elastic_averaging` does without its checks, which compiles faster.
         moved = optax.apply_updates(params, updates)
-        if not static.width:
-            return minus(moved, mean(moved)), state
-        # With s = 0 that is what pranam does to its embedding.
-        _, state = link(0.0, 1.0).update(updates, state, moved)
-        f = pranam_optax.embedding_output(state)
-        return jax.tree.map(jnp.subtract, moved, f), state
+        away = minus(moved, mean(moved))
+        return jax.tree.map(lambda u, x: u - gamma * x, updates, away), state
 
     inner = OPTIMIZERS[static.optimizer]
     if static.optimizer == "momentum":  # whose steps are as long as the gradients
         unit = 0.1 * unit / rms(gradients(params, 0))
     before = link(4.0, 1.0).init(params) if static.before else ()
-    after = link(0.0, 1.0).init(params) if static.width else ()
+    after = elastic(0.0).init(params) if static.width else ()
 
     def step(carry: Any, t: Any) -> Any:
         params, before, state, after, averages = carry
@@ -175,12 +177,11 @@ def train(
         updates, state = inner.update(grads, state, params)
         updates = optax.tree.scale(rate * unit * schedule, updates)
         if num_replicas > 1:
-            pull, after = project(updates, after, params)
             release = jnp.where(numbers.release > 0, numbers.release, jnp.inf)
             gamma = numbers.gamma * jnp.maximum(1 - passed / release, 0.0)
             gamma = gamma * jnp.where(numbers.tied > 0, schedule, 1.0)
             gamma = jnp.where((t + 1) % numbers.every == 0, gamma, 0.0)
-            updates = jax.tree.map(lambda u, p: u - gamma * p, updates, pull)
+            updates, after = pull(updates, after, params, gamma)
         params = optax.apply_updates(params, updates)
         if static.sequential > 1:
             ema, swa = averages
