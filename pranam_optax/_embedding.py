@@ -192,8 +192,7 @@ def check_update(
     name = "_".join(words).lower()
     if params is None:
         raise ValueError(
-            f"{name} needs the replicas' params: call tx.update(grads, state, "
-            "params)"
+            f"{name} needs the replicas' params: call tx.update(grads, state, params)"
         )
     if not check_replicas(updates, "updates"):
         raise ValueError(f"updates has no leaves; {name} needs at least one")

@@ -389,6 +389,14 @@ def test_an_average_of_nobody_is_nan():
     assert all(np.all(np.isnan(x.astype(float))) for x in jax.tree.leaves(found))
 
 
+def test_metrics_tell_whether_replicas_share_a_basin():
+    params, values = make_params(), jnp.array([1.0, 2.0, jnp.nan, 3.0, 2.0, 2.0])
+    metrics = pranam_optax.replica_metrics(params, values=values, average_value=7.0)
+    np.testing.assert_allclose(metrics["average_gap"], 5.0, rtol=1e-6)
+    with pytest.raises(ValueError, match="average_value needs values"):
+        pranam_optax.replica_metrics(params, average_value=7.0)
+
+
 @pytest.mark.parametrize("weights", [np.ones(3), np.ones((R, 1))])
 def test_weights_of_another_shape(weights):
     with pytest.raises(ValueError, match=r"weights has shape .* expected \(6,\)"):

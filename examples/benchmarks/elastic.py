@@ -193,10 +193,9 @@ def train(
             )
         return (params, before, state, after, averages), None
 
-    averages = (params, params) if static.sequential > 1 else ()
+    averages: Any = (params, params) if static.sequential > 1 else ()
     carry = params, before, inner.init(params), after, averages
-    carry, _ = jax.lax.scan(step, carry, jnp.arange(num_steps))
-    params, *_, averages = carry
+    (params, _, _, _, averages), _ = jax.lax.scan(step, carry, jnp.arange(num_steps))
 
     evaluate = partial(task.evaluate, data, instance)
     scores = jax.vmap(evaluate)(params)
@@ -262,7 +261,6 @@ def mnist(network: Network, data: Any, **fields: Any) -> Task:
         }
 
     rates = (0.06, 0.125, 0.25, 0.5, 1.0, 2.0)
-    seeds = {"tuning": 4, "report": 8}
     return Task(
         lambda key: (),
         network.init,
@@ -270,7 +268,8 @@ def mnist(network: Network, data: Any, **fields: Any) -> Task:
         evaluate,
         rates=rates,
         data=data,
-        **seeds,
+        tuning=4,
+        report=8,
         **fields,
     )
 
