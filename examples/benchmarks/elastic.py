@@ -59,6 +59,8 @@ class Method(NamedTuple):
       gamma: strength of the elastic pull.
       release: part of the run over which gamma falls to zero; 0 keeps it.
       tied: 1 to let gamma fall like the learning rate.
+      grow: 1 to let gamma rise from zero over the run.
+      free: part of the replicas, the first ones, that are not pulled.
       every: the replicas meet at every k-th step.
       normalize: 1 to normalise the gradients (without `before`).
       constant: 1 for a constant learning rate.
@@ -74,6 +76,8 @@ class Method(NamedTuple):
     gamma: float = 0.0
     release: float = 0.0
     tied: float = 0.0
+    grow: float = 0.0
+    free: float = 0.0
     every: int = 1
     normalize: float = 0.0
     constant: float = 0.0
@@ -152,11 +156,13 @@ def train(
         # What `elastic_averaging` does without its checks, which compiles faster.
         moved = optax.apply_updates(params, updates)
         away = minus(moved, mean(moved))
-        return jax.tree.map(lambda u, x: u - gamma * x, updates, away), state
+        apart = jax.vmap(optax.tree.scale)(gamma, away)
+        return optax.tree.sub(updates, apart), state
 
     inner = OPTIMIZERS[static.optimizer]
     if static.optimizer == "momentum":  # whose steps are as long as the gradients
-        unit = 0.1 * unit / rms(gradients(params, 0))
+        size = rms(gradients(params, 0))
+        unit = 0.1 * unit / jnp.where(numbers.normalize > 0, 1.0, size)
     before = link(4.0, 1.0).init(params) if static.before else ()
     after = elastic(0.0).init(params) if static.width else ()
 
@@ -180,7 +186,10 @@ def train(
             release = jnp.where(numbers.release > 0, numbers.release, jnp.inf)
             gamma = numbers.gamma * jnp.maximum(1 - passed / release, 0.0)
             gamma = gamma * jnp.where(numbers.tied > 0, schedule, 1.0)
+            gamma = gamma * jnp.where(numbers.grow > 0, passed, 1.0)
             gamma = jnp.where((t + 1) % numbers.every == 0, gamma, 0.0)
+            pulled = jnp.arange(num_replicas) >= numbers.free * num_replicas
+            gamma = jnp.where(pulled, gamma, 0.0)
             updates, after = pull(updates, after, params, gamma)
         params = optax.apply_updates(params, updates)
         if static.sequential > 1:
@@ -260,7 +269,7 @@ def mnist(network: Network, data: Any, **fields: Any) -> Task:
             "accuracy": thousands(hits, data.test_x, data.test_y),
         }
 
-    rates = (0.06, 0.125, 0.25, 0.5, 1.0, 2.0)
+    rates = (0.015, 0.03, 0.06, 0.125, 0.25, 0.5, 1.0, 2.0)
     return Task(
         lambda key: (),
         network.init,
@@ -291,8 +300,9 @@ def regression(make: Callable[[jax.Array], problems.Regression], steps: int) -> 
         loss,
         lambda *args: {"loss": loss(*args)},
         methods=MODELS,
-        rates=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+        rates=(0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
         steps=steps,
+        tuning=20,
     )
 
 
@@ -340,9 +350,9 @@ def function(problem: problems.Problem) -> Task:
         height,
         lambda *args: {"loss": height(*args)},
         methods=FUNCTIONS,
-        rates=(0.05, 0.1, 0.2, 0.5, 1.0, 2.0),
+        rates=(0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
         steps=1000,
-        tuning=5,
+        tuning=20,
     )
 
 
@@ -354,68 +364,86 @@ MAIN = {
     "one, 16x steps, constant rate": ONE._replace(sequential=16, constant=1),
     "independent 16": Method(16),
     "elastic 16": SIXTEEN,
+    "elastic 16, normalised": SIXTEEN._replace(normalize=1),
     "elastic 4": ELASTIC,
     "elastic 4, normalised": ELASTIC._replace(normalize=1),
-    "elastic 16, normalised": SIXTEEN._replace(normalize=1),
-    "pranam 16": Method(16, before=True, step=1, coupled=0.3),
+    "elastic 4, gamma .03": ELASTIC._replace(gamma=0.03),
+    "elastic 4, gamma .3": ELASTIC._replace(gamma=0.3),
 }
-STRENGTHS = {
-    f"elastic {r}, gamma {g}": Method(r, gamma=g)
-    for r in (4, 16)
-    for g in (0.01, 0.03, 0.3)
+PAIR = {
+    "elastic 2": Method(2, gamma=0.1),
+    "elastic 2, normalised": Method(2, gamma=0.1, normalize=1),
+    "elastic 2, gamma .03": Method(2, gamma=0.03),
+    "elastic 2, gamma .3": Method(2, gamma=0.3),
 }
-DETAILS = STRENGTHS | {
-    "elastic 4, gamma 1": ELASTIC._replace(gamma=1),
+PRANAM = {"pranam 16": Method(16, before=True, step=1, coupled=0.3)}
+DETAILS = {
     "one model, normalised": ONE._replace(normalize=1),
     "one, 4x steps": ONE._replace(sequential=4),
     "independent 4": Method(4),
+    "elastic 8": Method(8, gamma=0.1),
+    "elastic 8, normalised": Method(8, gamma=0.1, normalize=1),
+    "elastic 4, gamma .01": ELASTIC._replace(gamma=0.01),
+    "elastic 4, gamma 1": ELASTIC._replace(gamma=1),
+    "elastic 4, gamma .03, normalised": ELASTIC._replace(gamma=0.03, normalize=1),
+    "elastic 4, gamma .3, normalised": ELASTIC._replace(gamma=0.3, normalize=1),
+    "elastic 16, gamma .03": SIXTEEN._replace(gamma=0.03),
+    "elastic 16, gamma .3": SIXTEEN._replace(gamma=0.3),
+    "elastic 16, gamma .3, normalised": SIXTEEN._replace(gamma=0.3, normalize=1),
     "elastic 4, released": ELASTIC._replace(release=1),
     "elastic 16, released": SIXTEEN._replace(release=1),
     "elastic 4, tied": ELASTIC._replace(tied=1),
-    "elastic 16, tied": SIXTEEN._replace(tied=1),
+    "elastic 4, growing": ELASTIC._replace(grow=1),
+    "elastic 4, growing to 1": ELASTIC._replace(grow=1, gamma=1),
     "elastic 16, width 4": SIXTEEN._replace(width=4),
     **{
         f"elastic 4, every {k}, gamma {g}": ELASTIC._replace(every=k, gamma=g)
         for k in (4, 16, 64)
-        for g in (0.1, 0.3, 0.6)
+        for g in (0.1, 0.3, 0.6, 0.9)
     },
 }
-CONV = {
+CONV = PAIR | {
     "one model": ONE,
     "one, 4x steps": ONE._replace(sequential=4),
     "one, 4x steps, constant rate": ONE._replace(sequential=4, constant=1),
     "independent 4": Method(4),
-    "elastic 4": ELASTIC,
-    "elastic 4, normalised": ELASTIC._replace(normalize=1),
+    **{k: m for k, m in MAIN.items() if k.startswith("elastic 4")},
+    "elastic 4, growing": ELASTIC._replace(grow=1),
+    "elastic 4, growing to 1": ELASTIC._replace(grow=1, gamma=1),
     "pranam 4": Method(4, before=True, step=1, coupled=0.3),
-    **{k: m for k, m in STRENGTHS.items() if m.replicas == 4},
 }
 _NORMAL = Method(32, normalize=1)
 MODELS = {
     "independent": Method(32),
     "normalised": _NORMAL,
-    "elastic .01, 20 %": _NORMAL._replace(gamma=0.01, release=0.2),
-    "elastic .03, 20 %": _NORMAL._replace(gamma=0.03, release=0.2),
-    "elastic .03, 60 %": _NORMAL._replace(gamma=0.03, release=0.6),
-    "elastic .1, 20 %": _NORMAL._replace(gamma=0.1, release=0.2),
-    "elastic .01, 20 %, plain": Method(32, gamma=0.01, release=0.2),
-    "elastic .03, 20 %, plain": Method(32, gamma=0.03, release=0.2),
+    **{
+        f"elastic {g:g}, {release:.0%}": _NORMAL._replace(gamma=g, release=release)
+        for g, release in (
+            *((0.01, 0.1), (0.01, 0.2), (0.03, 0.1), (0.03, 0.2), (0.03, 0.6)),
+            (0.1, 0.2),
+        )
+    },
+    "half elastic 0.03, 20%": _NORMAL._replace(gamma=0.03, release=0.2, free=0.5),
+    "half elastic 0.1, 20%": _NORMAL._replace(gamma=0.1, release=0.2, free=0.5),
+    **{
+        f"width 4, {g:g}, {release:.0%}": _NORMAL._replace(
+            gamma=g, release=release, width=4
+        )
+        for g, release in ((0.01, 0.2), (0.03, 0.2), (0.1, 0.2), (0.1, 0.6))
+    },
     "pranam": Method(32, before=True),
-    "elastic .01, 20 %, width 4": _NORMAL._replace(gamma=0.01, release=0.2, width=4),
 }
 _BOTH = Method(64, before=True, release=0.6)
 FUNCTIONS = {
     "independent": Method(64),
     "normalised": Method(64, normalize=1),
-    "elastic .03, 60 %": Method(64, normalize=1, gamma=0.03, release=0.6),
+    "elastic .03": Method(64, normalize=1, gamma=0.03, release=0.6),
     "pranam": _BOTH,
-    "pranam, elastic .03": _BOTH._replace(gamma=0.03),
+    **{f"pranam, elastic {g:g}": _BOTH._replace(gamma=g) for g in (0.01, 0.03, 0.1)},
     "own step": _BOTH._replace(step=1, own=1),
-    "own step 0.5": _BOTH._replace(step=0.5, own=1),
-    **{
-        f"own step, elastic {g}": _BOTH._replace(step=1, own=1, gamma=g)
-        for g in (0.01, 0.03, 0.1)
-    },
+    "own step .5": _BOTH._replace(step=0.5, own=1),
+    "own step, elastic .03": _BOTH._replace(step=1, own=1, gamma=0.03),
+    "own step .5, elastic .03": _BOTH._replace(step=0.5, own=1, gamma=0.03),
 }
 
 
@@ -424,36 +452,46 @@ def make_tasks(data_dir: Path | None) -> dict[str, Task]:
     data = load_mnist(data_dir / "mnist" if data_dir else None)
     batch = {"examples": 2048, "steps": 1000}
 
-    def renamed(optimizer: str) -> dict[str, Method]:
-        methods = {k: m for k, m in MAIN.items() if "pranam" not in k} | STRENGTHS
-        return {k: m._replace(optimizer=optimizer) for k, m in methods.items()}
-
-    tasks = {"MNIST 10-10": mnist(dense(10, 10), data, methods=MAIN | DETAILS, **batch)}
+    tasks = {
+        "MNIST 10-10": mnist(
+            dense(10, 10), data, methods=MAIN | PAIR | PRANAM | DETAILS, **batch
+        )
+    }
     for name, act in (("tanh", jnp.tanh), ("relu", jax.nn.relu)):
         for sizes in ((8, 16, 1), (5, 6, 6, 1), (4, 5, 1)):
             make = partial(problems.teacher_network, features=sizes, activation=act)
             tasks[f"{name} {'-'.join(map(str, sizes))}"] = regression(make, 1000)
     tasks["polynomial"] = regression(problems.polynomial_fit, 1000)
-    tasks["Morse, tanh 3-16-16-1"] = regression(morse, 2000)
-    tasks["H2O, tanh 3-4-1"] = regression(water(data_dir), 1000)
-    tasks["MNIST 20-20"] = mnist(dense(20, 20), data, methods=MAIN, **batch)
-    tasks["Schwefel"] = function(problems.bound(problems.schwefel(30)))
-    tasks["Rastrigin"] = function(problems.rastrigin(30))
-    tasks["Levy"] = function(problems.levy(30))
-    tasks["Styblinski-Tang"] = function(problems.styblinski_tang(30))
-    tasks["Ackley"] = function(problems.ackley(30))
-    for name in ("momentum", "RMSProp", "AdamW"):
-        methods = renamed(name)
-        tasks[f"MNIST 10-10, {name}"] = mnist(
-            dense(10, 10), data, methods=methods, **batch
-        )
-    tasks["MNIST conv"] = mnist(
-        convolutional((4, 4, 8), (3, 2, 16)),
-        data,
-        methods=CONV,
-        examples=512,
-        steps=2000,
+    tasks["Morse, tanh 3-16-16-1"] = regression(morse, 2000)._replace(
+        rates=(0.05, 0.1, 0.15, 0.2, 0.3), tuning=10
     )
+    tasks["H2O, tanh 3-4-1"] = regression(water(data_dir), 1000)
+    methods = MAIN | PAIR | PRANAM
+    tasks["MNIST 20-20"] = mnist(dense(20, 20), data, methods=methods, **batch)
+    for name, make_function in (
+        ("Schwefel", lambda dim: problems.bound(problems.schwefel(dim))),
+        ("Rastrigin", problems.rastrigin),
+        ("Levy", problems.levy),
+        ("Styblinski-Tang", problems.styblinski_tang),
+        ("Ackley", problems.ackley),
+        ("Griewank", problems.griewank),
+        ("Michalewicz", lambda dim: problems.bound(problems.michalewicz(dim))),
+    ):
+        tasks[name] = function(make_function(30))
+    for name in ("momentum", "RMSProp", "AdamW"):
+        methods = {k: m._replace(optimizer=name) for k, m in MAIN.items()}
+        task = mnist(dense(10, 10), data, methods=methods, **batch)
+        tasks[f"MNIST 10-10, {name}"] = task
+    conv = convolutional((4, 4, 8), (3, 2, 16))
+    tasks["MNIST conv"] = mnist(conv, data, methods=CONV, examples=512, steps=2000)
+    large = ("one model", "one, 4x steps", "elastic 4", "elastic 4, normalised")
+    tasks["MNIST conv, 2048 examples"] = mnist(
+        conv,
+        data,
+        methods={k: CONV[k] for k in large},
+        examples=2048,
+        steps=2000,
+    )._replace(rates=(0.06, 0.125, 0.25, 0.5))
     return tasks
 
 
