@@ -12,27 +12,26 @@ and are chosen on the tuning seeds; the tables show the report seeds.
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _paths  # noqa: F401
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import potential_energy
 from elastic_tables import print_tables
+from flax_mnist import load_mnist
+from tasks import Network, convolutional, dense
 
 import pranam_optax
 from pranam_optax import problems
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import potential_energy
-from flax_mnist import load_mnist
-from tasks import Network, convolutional, dense
 
 # Losses decide on 1e-9: no matrix product in reduced precision.
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -318,7 +317,7 @@ def morse(key: jax.Array) -> problems.Regression:
     cross = jax.random.uniform(keys[3], (1, 3), minval=-0.2, maxval=0.2)
     y = bonds + jnp.sum(cross * stretch * jnp.roll(stretch, 1, axis=1), axis=1)
     x = (r - r.mean(0)[None]) / r.std(0)[None]
-    return net._replace(x=x, y=(y - y.mean()) / y.std())
+    return replace(net, x=x, y=(y - y.mean()) / y.std())
 
 
 def water(data_dir: Path | None) -> Callable[[jax.Array], problems.Regression]:
@@ -327,22 +326,17 @@ def water(data_dir: Path | None) -> Callable[[jax.Array], problems.Regression]:
     fit = potential_energy.load(folder)["H2O, 3-4-1 network"]
     net = problems.teacher_network(0, features=(3, 4, 1))
     x, y = jnp.asarray(fit.x, jnp.float32), jnp.asarray(fit.y, jnp.float32)
-    return lambda key: net._replace(x=x, y=y)
+    return lambda key: replace(net, x=x, y=y)
 
 
 def function(problem: problems.Problem) -> Task:
     """Flipped, shifted and rotated; the height above the minimum."""
 
-    def draw(key: jax.Array) -> Any:
-        # What lies between x and the function is affine: its matrix, drawn once.
-        probe = problem._replace(fun=lambda x: x)
-        affine = problems.randomize(probe, key, rotated=True).fun
-        zero = jnp.zeros_like(problem.low)
-        return jax.jacobian(affine)(zero), affine(zero)
+    def draw(key: jax.Array) -> problems.Problem:
+        return problems.randomize(problem, key, rotated=True)
 
-    def height(data: Any, affine: Any, x: Any, _: Any = None) -> jax.Array:
-        matrix, offset = affine
-        return problem.fun(matrix @ x + offset) - problem.minimum
+    def height(data: Any, instance: Any, x: Any, _: Any = None) -> jax.Array:
+        return instance.fun(x) - problem.minimum
 
     return Task(
         draw,
