@@ -3,6 +3,8 @@
 from pranam_optax import fitting as fitting
 from pranam_optax import original as original
 from pranam_optax import problems as problems
+from pranam_optax._elastic import ElasticAveragingState as ElasticAveragingState
+from pranam_optax._elastic import elastic_averaging as elastic_averaging
 from pranam_optax._embedding import Embedding as Embedding
 from pranam_optax._embedding import mlp_embedding as mlp_embedding
 from pranam_optax._metrics import replica_metrics as replica_metrics
@@ -11,6 +13,7 @@ from pranam_optax._pranam import PranamState as PranamState
 from pranam_optax._pranam import pranam as pranam
 from pranam_optax._reparametrize import ReparametrizeState as ReparametrizeState
 from pranam_optax._reparametrize import reparametrize as reparametrize
+from pranam_optax._replicas import average_replicas as average_replicas
 from pranam_optax._replicas import best_replica as best_replica
 from pranam_optax._replicas import replica_value_and_grad as replica_value_and_grad
 from pranam_optax._replicas import replicate as replicate

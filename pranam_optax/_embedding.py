@@ -1,6 +1,7 @@
 """The embedding: an input-less network, and how it is fitted to the replicas."""
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -190,14 +191,14 @@ def check_update(
     apply: Callable[[Any], PyTree],
 ) -> None:
     """Checks what a transformation's `update` was given; `kind` is its state's type."""
-    name = kind.__name__.removesuffix("State")
+    words = re.findall("[A-Z][a-z]+", kind.__name__.removesuffix("State"))
+    name = "_".join(words).lower()
     if params is None:
         raise ValueError(
-            f"{name.lower()} needs the replicas' params: call tx.update(grads, state, "
-            "params)"
+            f"{name} needs the replicas' params: call tx.update(grads, state, params)"
         )
     if not check_replicas(updates, "updates"):
-        raise ValueError(f"updates has no leaves; {name.lower()} needs at least one")
+        raise ValueError(f"updates has no leaves; {name} needs at least one")
     check_replicas(params, "params")
     check_same(updates, params, "updates", "params")
     if not isinstance(state, kind):

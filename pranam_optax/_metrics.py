@@ -40,6 +40,7 @@ def replica_metrics(
     grads: PyTree = None,
     *,
     embedding: Embedding | None = None,
+    average_value: Any = None,
 ) -> dict[str, jax.Array]:
     r"""Scalars that tell how an ensemble of replicas fares.
 
@@ -50,10 +51,12 @@ def replica_metrics(
 
     Args:
       params: stacked params :math:`W`.
-      state: the state of `pranam` or `reparametrize`, or of a chain that holds one.
+      state: the state of `pranam`, `elastic_averaging` or `reparametrize`, or of a
+        chain that holds one.
       values: the loss of each replica, `[R]`.
       grads: stacked gradients :math:`G`.
       embedding: the embedding that the transformation was given; None for the default.
+      average_value: the loss of `average_replicas(params)`, on the data of `values`.
 
     Returns:
       A dict of scalars:
@@ -66,7 +69,10 @@ def replica_metrics(
         (replicas on a line) to R - 1 (in all directions alike); 0 if all are the same.
         Of more than 1024 replicas of more than 1024 weights, that of every second,
         third, ... replica.
-      - with values, `loss_mean`, `loss_std`, `loss_min` and `loss_max`.
+      - with values, `loss_mean`, `loss_std`, `loss_min` and `loss_max`; and with
+        average_value too, `average_gap`, the average's loss minus `loss_mean`: at most
+        about 0 where the replicas share a basin, so that their average is a model as
+        good as they are; far above where they do not.
       - with grads, `gradient_rms` and `gradient_cosine`, the mean cosine between the
         gradients of two replicas: 1 where all agree, 0 where they have nothing in
         common.
@@ -102,6 +108,8 @@ def replica_metrics(
     num_replicas = check_replicas(params, "params")
     if values is not None:
         values = check_values(values, num_replicas)
+    elif average_value is not None:
+        raise ValueError("average_value needs values, the losses to compare it with")
     if grads is not None and check_replicas(grads, "grads") != num_replicas:
         raise ValueError(
             f"grads has {check_replicas(grads, 'grads')} replicas, params has "
@@ -109,12 +117,17 @@ def replica_metrics(
         )
     node = None if state is None else find_state(state)
     apply = Partial(check_embedding(embedding, "values").apply)
-    return _metrics(params, node, values, grads, apply)
+    return _metrics(params, node, values, grads, apply, average_value)
 
 
 @auto_axes
 def _metrics(
-    params: PyTree, node: Any, values: Any, grads: PyTree, apply: Partial
+    params: PyTree,
+    node: Any,
+    values: Any,
+    grads: PyTree,
+    apply: Partial,
+    average_value: Any,
 ) -> dict[str, jax.Array]:
     living = alive(params, grads, values)
     weights = mask_replicas(living, params)
@@ -134,6 +147,8 @@ def _metrics(
             "loss_min": jnp.min(values, where=living, initial=jnp.inf),
             "loss_max": jnp.max(values, where=living, initial=-jnp.inf),
         }
+        if average_value is not None:
+            metrics["average_gap"] = jnp.asarray(average_value, mean.dtype) - mean
     if grads is not None:
         unit = largest_entry(grads, living)
         gradients = divide(mask_replicas(living, grads), unit)

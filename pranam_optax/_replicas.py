@@ -16,6 +16,8 @@ from pranam_optax._tree import (
     check_replicas,
     is_traced,
     largest_magnitudes,
+    leaf_dtype,
+    mask_replicas,
     squared_norms,
 )
 
@@ -212,6 +214,68 @@ def best_replica(params: PyTree, values: jax.Array | np.ndarray) -> PyTree:
     values = check_values(values, check_replicas(params, "params"))
     # NaN sorts last, after infinity.
     return _select(params, jnp.argsort(values)[0])
+
+
+def average_replicas(params: PyTree, weights: Any = None) -> PyTree:
+    r"""Params of one model, the average of the replicas that are alive.
+
+    .. math:: \bar w = \sum_r a_r w_r / \sum_r a_r
+
+    over the replicas whose weights are finite and can be squared. The average is a good
+    model where the replicas share a basin, as after `elastic_averaging`; those that
+    were trained apart have a useless one. `replica_metrics` tells, from its loss.
+
+    Statistics of batch normalisation are not weights and their average is not that of
+    the averaged model: pass some batches through it in training mode instead.
+
+    Args:
+      params: stacked params.
+      weights: :math:`a`, one number >= 0 per replica, `[R]`; default: 1 for all.
+
+    Returns:
+      One model's params, in the params' dtypes: NaN if no replica that is alive has a
+      weight.
+
+    Raises:
+      ValueError: for leaves without replica axis or that disagree on R, or weights of
+        another shape than `[R]`, negative or not finite.
+      TypeError: for integer or complex leaves.
+
+    Examples:
+      >>> import jax.numpy as jnp, pranam_optax
+      >>> params = {"w": jnp.array([1.0, 2.0, jnp.nan, 6.0])}
+      >>> print(pranam_optax.average_replicas(params)["w"])
+      3.0
+      >>> print(pranam_optax.average_replicas(params, jnp.array([1, 0, 5, 1]))["w"])
+      3.5
+    """
+    num_replicas = check_replicas(params, "params")
+    weights = jnp.ones(num_replicas) if weights is None else jnp.asarray(weights, float)
+    if weights.shape != (num_replicas,):
+        raise ValueError(
+            f"weights has shape {weights.shape}, expected ({num_replicas},): one "
+            "number per replica"
+        )
+    if not is_traced(weights) and not (
+        jnp.all(weights >= 0) and jnp.all(jnp.isfinite(weights))
+    ):
+        raise ValueError(f"weights must be finite and >= 0, got {weights}")
+    return _average(params, weights)
+
+
+@auto_axes
+def _average(params: PyTree, weights: jax.Array) -> PyTree:
+    living = alive(params)
+    parts = jnp.where(living, weights, 0.0)
+    parts = parts / jnp.max(parts)  # NaN if there is nobody
+    parts = parts / jnp.sum(parts)
+
+    def average(x: jax.Array, masked: jax.Array) -> jax.Array:
+        row, highest = parts.astype(masked.dtype), jax.lax.Precision.HIGHEST
+        mean = jnp.tensordot(row, masked, 1, precision=highest)
+        return mean.astype(leaf_dtype(x))
+
+    return jax.tree.map(average, params, mask_replicas(living, params))
 
 
 def check_values(values: Any, num_replicas: int) -> jax.Array:
