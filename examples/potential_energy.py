@@ -239,9 +239,7 @@ def main() -> None:
     parser.add_argument("--polish-steps", type=int, default=300)
     parser.add_argument("--starts", type=int, default=500, help="of LM, pooled")
     parser.add_argument("--only", help="part of a fit's name")
-    parser.add_argument(
-        "--quick", action="store_true", help="two small runs of one fit"
-    )
+    parser.add_argument("--quick", action="store_true", help="two small runs")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     if args.quick:

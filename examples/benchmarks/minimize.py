@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
-        args.repeats, args.steps, args.annealing = 2, 20, 500
+        args.repeats, args.steps, args.annealing = 1, 20, 500
 
     rng = np.random.default_rng(0)
     x = np.linspace(0, 10, POINTS, dtype=np.float32)
