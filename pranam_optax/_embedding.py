@@ -220,9 +220,13 @@ def check_state(state: Any, params: PyTree) -> None:
             f"{state.nonfinite.shape[0]}"
         )
     if hasattr(state.phi, "heads"):
-        shape = jax.ShapeDtypeStruct
+        # The heads have a leading axis that the bias, all of the mean alone, has not.
+        alone = state.phi.heads is None
         made = jax.tree.map(
-            lambda x: shape((num_replicas, *x.shape[1:]), x.dtype), state.phi.heads
+            lambda x: jax.ShapeDtypeStruct(
+                (num_replicas, *x.shape[0 if alone else 1 :]), x.dtype
+            ),
+            state.phi.bias if alone else state.phi.heads,
         )
         leaves_of(made, params, "params")
 

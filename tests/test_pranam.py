@@ -528,11 +528,11 @@ def test_numbers_must_be_numbers():
         pranam_optax.pranam(step_size="4")
 
 
-def raises(error, match, grads=None, params=None, start=None, coupling=1.0):
+def raises(error, match, grads=None, params=None, start=None, **kwargs):
     """Checks the error of an update; what is not given is as it should be."""
     params = make_params() if params is None else params
     grads = make_params() if grads is None else grads
-    tx = pranam_optax.pranam(coupling=coupling)
+    tx = pranam_optax.pranam(**kwargs)
     state = jax.eval_shape(tx.init, make_params() if start is None else start)
     with pytest.raises(error, match=match):
         jax.eval_shape(tx.update, grads, state, params)
@@ -595,16 +595,28 @@ def test_state_of_another_number_of_replicas():
     raises(ValueError, message, start=make_params(4))
 
 
-def test_params_of_other_shapes_than_those_of_init():
+@pytest.mark.parametrize("embedding", [None, pranam_optax.mlp_embedding(())])
+def test_params_of_other_shapes_than_those_of_init(embedding):
     """They would broadcast."""
     w, b = make_params().values()
-    message = r"params\['w'\] has shape \(6, 3, 2\) and .*\['w'\] has shape"
-    raises(ValueError, message + r" \(6, 1, 2\)", start={"w": w[:, :1], "b": b})
-    raises(ValueError, r"params\['b'\] has shape \(6,\) and .* missing", start={"w": w})
+    message = r"makes params\['w'\] of shape \(6, 1, 2\), but .* has shape \(6, 3, 2\)"
+    raises(ValueError, message, embedding=embedding, start={"w": w[:, :1], "b": b})
+    raises(
+        ValueError,
+        r"params\['b'\] has shape \(6,\) and .* missing",
+        embedding=embedding,
+        start={"w": w},
+    )
+    raises(
+        ValueError,
+        r"makes params\['c'\] .* missing",
+        embedding=embedding,
+        start={"w": w, "b": b, "c": b},
+    )
 
 
 @pytest.mark.parametrize("state", [None, {}, (optax.EmptyState(),)])
 def test_what_is_no_state(state):
     params = make_params()
-    with pytest.raises(TypeError, match=r"PranamState .* update\(grads, state, params"):
+    with pytest.raises(TypeError, match=r"PranamState .*update\(grads, state, params"):
         pranam_optax.pranam().update(params, state, params)
