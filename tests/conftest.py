@@ -23,7 +23,7 @@ def optax_promotion():
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
     """Most tests compile small programs whose speed does not matter."""
-    optimized = any(map(request.node.get_closest_marker, ("slow", "optimized")))
+    optimized = request.node.get_closest_marker("optimized")
     jax.config.update("jax_disable_most_optimizations", not optimized)
 
 

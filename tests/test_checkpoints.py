@@ -28,6 +28,7 @@ STATES = {
     "deep": pranam_optax.pranam(pranam_optax.mlp_embedding((3, 4))),
     "mean": pranam_optax.pranam(pranam_optax.mlp_embedding(())),
     "chain": optax.chain(pranam_optax.pranam(), optax.adam(1e-3)),
+    "elastic_averaging": pranam_optax.elastic_averaging(),
     "reparametrize": pranam_optax.reparametrize(optax.adam(1e-3)),
     "per_replica": pranam_optax.per_replica(optax.adam(1e-3)),
 }

@@ -38,12 +38,19 @@ def reparametrize(learning_rate):
     return pranam_optax.reparametrize(optax.adam(learning_rate), PLANE)
 
 
+def elastic_averaging(learning_rate, strength=0.1):
+    link = pranam_optax.elastic_averaging(strength)
+    return optax.chain(optax.adam(learning_rate), link)
+
+
 def per_replica(learning_rate, max_norm=1.0):
     tx = optax.chain(optax.clip_by_global_norm(max_norm), optax.adam(learning_rate))
     return pranam_optax.per_replica(tx)
 
 
-FACTORIES = {f.__name__: f for f in (pranam, reparametrize, per_replica)}
+FACTORIES = {
+    f.__name__: f for f in (pranam, reparametrize, elastic_averaging, per_replica)
+}
 every_factory = pytest.mark.parametrize("name", FACTORIES)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 DTYPES = ["bfloat16", slow("float32")]

@@ -37,6 +37,7 @@ def test_quickstart_gives_all_methods_the_same_problem_and_replicas(optax_promot
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize(("name", "rate"), [("Schwefel", 0.3), ("Ackley", 0.01)])
 def test_quickstart_reaches_minima_that_adam_does_not(name, rate, optax_promotion):
     setting = quickstart.Setting(tuning_seeds=range(1))
@@ -56,6 +57,7 @@ def test_quickstart_reaches_minima_that_adam_does_not(name, rate, optax_promotio
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @needs_mnist
 def test_mnist_is_learned_better_than_by_adam(optax_promotion):
     data, rate, num_steps = flax_mnist.load_mnist(), 1.5e-2, 2000

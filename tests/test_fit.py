@@ -132,7 +132,11 @@ def test_many_data_sets_at_once(fitted):
 
 
 @pytest.mark.parametrize(
-    "name", ["Misra1a", pytest.param("Gauss1", marks=pytest.mark.slow)]
+    "name",
+    [
+        "Misra1a",
+        pytest.param("Gauss1", marks=[pytest.mark.slow, pytest.mark.optimized]),
+    ],
 )
 def test_certified_parameters_and_their_deviations(name):
     problem = nist_problems.load(DATA, [name])[name]

@@ -27,32 +27,16 @@ TRANSFORMATIONS = {
 MORE_TRANSFORMATIONS = {
     "prodigy": contrib.prodigy(),
     "momo": contrib.momo(),
-    "lamb": optax.lamb(0.1),
     "adafactor": optax.adafactor(0.1),
-    "adam": optax.adam(0.1),
-    "adaptive_grad_clip": optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1)),
     "backtracking": optax.chain(
         optax.sgd(0.5), optax.scale_by_backtracking_linesearch(8)
     ),
-    "centralize": optax.chain(optax.centralize(), optax.sgd(0.1)),
-    "dadapt_adamw": contrib.dadapt_adamw(),
-    "dowg": contrib.dowg(1.0),
-    "fromage": optax.fromage(0.1),
     "galore": contrib.galore(0.1, rank=1),
-    "lars": optax.lars(0.1),
-    "lbfgs_without_line_search": optax.lbfgs(0.1, linesearch=None),
-    "momo_adam": contrib.momo_adam(0.1),
-    "multi_steps": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
     "muon": contrib.muon(0.1),
-    "noisy_sgd": optax.noisy_sgd(0.1, key=0),
-    "normalize": optax.chain(contrib.normalize(), optax.sgd(0.1)),
-    "novograd": optax.novograd(0.1),
-    "polyak_sgd": optax.polyak_sgd(),
     "reduce_on_plateau": optax.chain(
         optax.sgd(0.1), contrib.reduce_on_plateau(patience=1)
     ),
     "schedule_free_adamw": contrib.schedule_free_adamw(0.1),
-    "sm3": optax.sm3(0.1),
 }
 
 

@@ -164,6 +164,7 @@ CASES = {
         value_fn=jnp.sum,
         other=[1, True],
     ),
+    "elastic_averaging": first_update(pranam_optax.elastic_averaging(0.1)),
     "revive": revive,
     "resample": resample,
     "split batch": split_batch,
