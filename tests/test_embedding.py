@@ -98,6 +98,17 @@ def test_linear_fit_is_the_best_of_its_rank(width, use_bias):
     assert (phi.bias is None) == (not use_bias)
 
 
+def test_linear_fit_of_very_many_replicas():
+    """By random combinations of them."""
+    weights = np.random.default_rng(0).normal(size=(1100, 5)) * [9, 5, 3, 0.1, 0.1]
+    phi, output = start(jnp.asarray(weights, jnp.float32), (3,))
+    mean = weights.mean(axis=0)
+    u, s, vt = np.linalg.svd(weights - mean, full_matrices=False)
+    expected = mean + (u[:, :3] * s[:3]) @ vt[:3]
+    np.testing.assert_allclose(output, expected, atol=2e-3)
+    np.testing.assert_allclose(np.linalg.norm(phi.table, axis=0) ** 2, s[:3], rtol=1e-3)
+
+
 @pytest.mark.parametrize("features", [(), (0,)])
 def test_without_features_it_is_the_mean(features):
     params = make_params(R)

@@ -528,6 +528,11 @@ def test_numbers_must_be_numbers():
         pranam_optax.pranam(step_size="4")
 
 
+def test_the_ends_of_the_ranges_are_allowed():
+    for kwargs in ({"coupling": 0.0}, {"coupling": 1}, {"step_size": 0.0}):
+        pranam_optax.pranam(**kwargs)
+
+
 def raises(error, match, grads=None, params=None, start=None, **kwargs):
     """Checks the error of an update; what is not given is as it should be."""
     params = make_params() if params is None else params
