@@ -79,16 +79,26 @@ def test_covariance_of_a_line_by_hand(fitted):
     assert fitted.confirmed
 
 
-def test_known_errors_of_the_data(fitted):
-    """With sigma the covariance does not look at the residuals; weights count."""
+def test_known_errors_of_the_data_and_params_that_only_occur_together():
+    """With sigma the covariance does not look at the residuals; weights count.
+
+    Errors of the params that the data do not determine are infinite.
+    """
     x, y = make_line()
     sigma = np.where(x < 1, 0.1, 0.4)
-    result = pranam_optax.fit(line, x, y, bounds=BOUNDS, sigma=sigma, **SMALL)
+    bounds = {"a": (-10.0, 10.0), "b": (-10.0, 10.0), "slope": (-10.0, 10.0)}
+
+    def model(p, x):
+        return p["a"] * 3 + p["b"] * 3 + p["slope"] * x
+
+    result = pranam_optax.fit(model, x, y, bounds=bounds, sigma=sigma, **SMALL)
     design = np.stack([np.ones_like(x), x], axis=1) / sigma[:, None]
     covariance = np.linalg.inv(design.T @ design)
     expected = covariance @ design.T @ (y / sigma)
-    np.testing.assert_allclose(result.params["offset"], expected[0], rtol=1e-7)
-    np.testing.assert_allclose(result.covariance, covariance, rtol=1e-7)
+    np.testing.assert_allclose(result.params["slope"], expected[1], rtol=1e-7)
+    np.testing.assert_allclose(result.covariance[2, 2], covariance[1, 1], rtol=1e-7)
+    assert result.standard_errors["a"] == result.standard_errors["b"] == np.inf
+    assert np.isnan(result.covariance[0, 1])
     rss = np.sum((design @ expected - y / sigma) ** 2)
     np.testing.assert_allclose(result.chi_square, rss, rtol=1e-9)
     np.testing.assert_allclose(
@@ -134,8 +144,8 @@ def test_many_data_sets_at_once(fitted):
 @pytest.mark.parametrize(
     "name",
     [
-        "Misra1a",
-        pytest.param("Gauss1", marks=[pytest.mark.slow, pytest.mark.optimized]),
+        pytest.param(name, marks=[pytest.mark.slow, pytest.mark.optimized])
+        for name in ("Misra1a", "Gauss1")
     ],
 )
 def test_certified_parameters_and_their_deviations(name):
@@ -156,28 +166,20 @@ def test_a_robust_loss_leaves_out_an_outlier():
     x, y = make_line()
     y[3] += 50
     result = pranam_optax.fit(
-        line, x, y, bounds=BOUNDS, sigma=0.1, loss=optax.losses.huber_loss, **SMALL
+        line,
+        x,
+        y,
+        bounds=BOUNDS,
+        sigma=0.1,
+        loss=optax.losses.huber_loss,
+        num_replicas=8,
+        num_steps=300,
+        polish=None,
     )
     np.testing.assert_allclose(result.params["slope"], 2, atol=0.1)
     assert result.covariance is None
     assert result.standard_errors is None
     assert "standard error" not in repr(result)
-
-
-def test_data_that_do_not_determine_the_params():
-    """Errors of params that only occur together are infinite, others are as ever."""
-    x, y = make_line()
-    known = {"num_replicas": 4, "num_steps": 2, "polish": None, "sigma": 0.1}
-    bounds = {"a": (0.0, 1.0), "b": (0.0, 1.0), "slope": (-5.0, 5.0)}
-
-    def model(p, x):
-        return p["a"] * 3 + p["b"] * 3 + p["slope"] * x
-
-    result = pranam_optax.fit(model, x, y, bounds=bounds, **known)
-    assert result.standard_errors["a"] == result.standard_errors["b"] == np.inf
-    expected = 0.1 / np.std(x) / np.sqrt(12)
-    np.testing.assert_allclose(result.standard_errors["slope"], expected, rtol=1e-6)
-    assert np.isnan(result.covariance[0, 1])
 
 
 @pytest.mark.parametrize("exponent", [-12, 12])
@@ -224,33 +226,21 @@ def test_small_and_large_data_in_single_precision(fitted):
             pranam_optax.fit(line, 1_700_000_000_000 + np.arange(12), y, bounds=BOUNDS)
 
 
-def test_params_and_data_of_any_precision(fitted):
-    x, y = make_line()
-    init = {"offset": jnp.float32(0), "slope": jnp.bfloat16(0)}
-
-    def model(p, x):
-        return line(jax.tree.map(lambda leaf: leaf.astype(x.dtype), p), x)
-
-    result = pranam_optax.fit(model, x, y, init, bounds=BOUNDS, **SMALL)
-    for name, rtol in (("offset", 1e-2), ("slope", 1e-2)):
-        assert result.params[name].dtype == init[name].dtype
-        np.testing.assert_allclose(
-            result.params[name].astype(float), fitted.params[name], rtol=rtol
-        )
-
-
-def test_explicit_meshes():
+def test_explicit_meshes_and_params_of_lower_precision_than_the_data():
     """The current mesh, data and starts may have explicit axes: jax.make_mesh's."""
     mesh = jax.make_mesh((4,), ("data",))
     x, y = make_line()
 
     def cubic(p, x):
+        p = p.astype(x.dtype)
         return p[0] + p[1] * x + p[2] * x**2 + p[3] * x**3
 
     with jax.set_mesh(mesh):
-        spread = jax.device_put((x, y, np.zeros(4)), jax.P("data"))
+        init = np.zeros(4, np.float32)
+        spread = jax.device_put((x, y, init), jax.P("data"))
         result = pranam_optax.fit(cubic, *spread, **SMALL)
-    np.testing.assert_allclose(result.params, np.polyfit(x, y, 3)[::-1], rtol=1e-6)
+    assert result.params.dtype == np.float32
+    np.testing.assert_allclose(result.params, np.polyfit(x, y, 3)[::-1], rtol=1e-4)
 
 
 def test_what_the_model_closes_over_may_change(fitted, monkeypatch):
@@ -422,5 +412,5 @@ def test_data_are_downloaded_once(tmp_path, monkeypatch):
     assert nist_problems.load(names=["Misra1a"])["Misra1a"].x.shape == (14,)
     monkeypatch.setattr(nist_problems, "SOURCE", "file:///nowhere/")
     nist_problems.load(names=["Misra1a"])  # from the cache
-    with pytest.raises(SystemExit, match=r"could not be downloaded .* --data-dir"):
+    with pytest.raises(SystemExit, match=r"(?s)could not be downloaded.* --data-dir"):
         nist_problems.load(names=["Gauss1"])
