@@ -6,6 +6,7 @@ import threading
 
 import datasets
 import flax_mnist
+import jax
 import numpy as np
 import optax
 import pytest
@@ -59,26 +60,37 @@ def test_quickstart_reaches_minima_that_adam_does_not(name, rate, optax_promotio
 @pytest.mark.slow
 @pytest.mark.optimized
 @needs_mnist
-def test_mnist_is_learned_better_than_by_adam(optax_promotion):
-    data, rate, num_steps = flax_mnist.load_mnist(), 1.5e-2, 2000
+def test_four_elastic_replicas_learn_more_than_one_model(optax_promotion):
+    data, num_steps = flax_mnist.load_mnist(), 1000
     loss, accuracy = {}, {}
-    for method in ("Adam", "pranam + Adam"):
+    for num_replicas, rate in ((1, 1e-2), (4, 3e-2)):
+        tx = flax_mnist.make_optimizer(rate, num_steps, elastic=num_replicas > 1)
         runs = [
             flax_mnist.train(
-                flax_mnist.MLP((10, 10)),
+                flax_mnist.linen_model((10, 10)),
                 data,
-                flax_mnist.make_optimizer(method, rate, num_steps),
-                num_replicas=16,
+                tx,
+                num_replicas=num_replicas,
                 num_steps=num_steps,
-                batch_size=128,
+                batch_size=2048,
                 seed=seed,
             )
             for seed in range(100, 103)
         ]
-        loss[method] = np.mean([run.train_loss for run in runs])
-        accuracy[method] = np.mean([run.test_accuracy for run in runs])
-    assert loss["pranam + Adam"] < 0.85 * loss["Adam"]
-    assert accuracy["pranam + Adam"] > accuracy["Adam"] + 0.005
+        loss[num_replicas] = np.mean([run.train_loss for run in runs])
+        accuracy[num_replicas] = np.mean([run.test_accuracy for run in runs])
+    assert loss[4] < 0.85 * loss[1]
+    assert accuracy[4] > accuracy[1] + 0.005
+
+
+@pytest.mark.parametrize("make", [flax_mnist.linen_model, flax_mnist.nnx_model])
+def test_both_models_of_flax_are_the_same_network(make):
+    model = make((10, 10))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    sizes = sorted(x.size for x in jax.tree.leaves(params))
+    assert sizes == [10, 10, 10, 100, 100, 7840]
+    images = jax.ShapeDtypeStruct((3, 784), np.float32)
+    assert jax.eval_shape(model.logits, params, images).shape == (3, 10)
 
 
 def test_interval_of_the_mean():

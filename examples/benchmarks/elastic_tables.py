@@ -201,6 +201,7 @@ def print_tables(results: dict[str, Any]) -> None:
         print(f"## {name}\n")
         classifier(tables[name])
     functions = ["Schwefel", "Rastrigin", "Levy", "Styblinski-Tang", "Ackley"]
+    functions += ["Griewank", "Michalewicz"]
     functions = [k for k in functions if k in tables]
     models = [k for k in tables if k not in functions and not k.startswith("MNIST")]
     for names, kind in ((models, "model"), (functions, "function")):
@@ -210,7 +211,7 @@ def print_tables(results: dict[str, Any]) -> None:
     picks = [
         *((k, "elastic 4", "average loss") for k in tables if k.startswith("MNIST")),
         *((k, "elastic 4, normalised", "average loss") for k in tables if "MNIST" in k),
-        *((k, "elastic .01, 20 %", "best loss") for k in models),
+        *((k, "elastic 0.01, 20%", "best loss") for k in models),
         *((k, "pranam", "best loss") for k in functions),
     ]
     print("## One rate for all\n")
