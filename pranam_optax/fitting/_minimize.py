@@ -37,6 +37,8 @@ from pranam_optax.fitting._trace import (
 
 # Random starts tried per replica, to replace those where the function is not finite.
 _TRIES = 4
+# The lowest and the highest rate of a replica, in scales of the coordinates.
+_RATES = 0.01, 0.3
 # Largest number of chunks that the coupled phase is cut into for callbacks.
 _NUM_CHUNKS = 20
 # In scales from the starts: where a function that still falls has no minimum.
@@ -157,10 +159,11 @@ def minimize(
       g_r = \nabla_z f(x(z_r)), \quad \hat g_r = g_r / \max |g_r|, \quad
       z \mathrel{+}= \mathrm{optimizer}(\mathrm{pranam}_c(\hat g))
 
-    with couplings :math:`c_r = (1 - t / 0.6 T)_+ \, r / (R - 1)`: a ladder from
-    independent explorers to full consensus, released over the first 60 % of the T
-    steps. Then `polish` refines each replica from the lowest point that it has seen and
-    from its start, and keeps the lower of the two.
+    with the coupling :math:`c = (1 - t / 0.6 T)_+`, released over the first 60 % of the
+    T steps, and Adam, whose rate is another one for each replica, since nobody knows
+    the best: from 0.01 to 0.3, with a cosine decay. Then `polish` refines each replica
+    from the lowest point that it has seen and from its start, and keeps the lower of
+    the two.
 
     The whole run is one compiled program, cut into chunks for a callback or the
     progress bar. `fun` is traced at every call, so that it may use data that change
@@ -179,9 +182,9 @@ def minimize(
       num_replicas: R.
       num_steps: T, steps of the coupled phase.
       optimizer: what follows `pranam` in the chain, learning rate included, for
-        coordinates of scale 1. Default: Adam with a cosine decay from 0.03.
-      coupling: of `pranam`, in place of the ladder: 0.0 for independent replicas, a
-        schedule or one value per replica.
+        coordinates of scale 1.
+      coupling: of `pranam`: 0.0 for independent replicas, a schedule or one value per
+        replica.
       bounds: a pair `(low, high)` for each leaf of the params, of numbers or arrays
         that broadcast to the leaf; either side may be infinite.
       polish: the refinement, such as `fitting.lbfgs(max_steps=500)`, or None for none.
@@ -294,8 +297,7 @@ def _make_coupling(options: Options) -> Partial:
     if options.coupling is not None:
         pranam(coupling=options.coupling)  # checks it
         return Partial(_constant, value=jnp.asarray(options.coupling))
-    rungs = jnp.linspace(0.0, 1.0, options.num_replicas)
-    return Partial(_ladder, rungs=rungs, end=max(int(0.6 * options.num_steps), 1))
+    return Partial(_release, end=max(int(0.6 * options.num_steps), 1))
 
 
 def _constant(count: jax.Array, value: jax.Array) -> jax.Array:
@@ -303,14 +305,26 @@ def _constant(count: jax.Array, value: jax.Array) -> jax.Array:
     return value
 
 
-def _ladder(count: jax.Array, rungs: jax.Array, end: jax.Array) -> jax.Array:
-    return jnp.maximum(0.0, 1 - count / end) * rungs
+def _release(count: jax.Array, end: jax.Array) -> jax.Array:
+    return jnp.maximum(0.0, 1 - count / end)
+
+
+def _adam(num_replicas: int, num_steps: int) -> optax.GradientTransformation:
+    """Adam with another rate for each replica."""
+    low, high = _RATES
+    place = (jnp.arange(num_replicas) + 0.5) / num_replicas
+    rates = low * (high / low) ** place
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.stateless(lambda updates, _: scale(rates, updates)),
+        optax.scale_by_learning_rate(optax.cosine_decay_schedule(1.0, num_steps)),
+    )
 
 
 def _make_optimizer(params: PyTree, options: Options) -> tuple[Partial, Partial]:
     optimizer = options.optimizer
     if optimizer is None:
-        optimizer = optax.adam(optax.cosine_decay_schedule(0.03, options.num_steps))
+        optimizer = _adam(options.num_replicas, options.num_steps)
     tx = optax.with_extra_args_support(optimizer)
     dtype = working_dtype()
     z = jax.tree.map(
