@@ -121,6 +121,7 @@ def replica_metrics(
 
 
 @auto_axes
+@jax.jit
 def _metrics(
     params: PyTree,
     node: Any,
