@@ -97,13 +97,7 @@ def elastic_averaging(
       `static_args=("every", "key")`.
 
     Raises:
-      ValueError: from the factory, for arguments out of range; from `init` and
-        `update`, at trace time, for a leaf without replica axis, leaves that disagree
-        on R, params and updates of different structure or shapes, params of other
-        shapes than those of `init`, missing params, a tree without leaves, or a
-        strength of a length other than R.
-      TypeError: for an embedding or strength of the wrong type; from `init` and
-        `update`, for integer or complex leaves, or a state of another kind.
+      ValueError, TypeError: as `pranam`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, pranam_optax

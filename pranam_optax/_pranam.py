@@ -109,13 +109,10 @@ def pranam(
       `static_args=("normalize_updates", "key")`.
 
     Raises:
-      ValueError: from the factory, for arguments out of range; from `init` and
-        `update`, at trace time, for a leaf without replica axis, leaves that disagree
-        on R, params and updates of different structure or shapes, params of other
-        shapes than those of `init`, missing params, a tree without leaves, or a
-        coupling of a length other than R.
-      TypeError: for an embedding, coupling or step size of the wrong type; from `init`
-        and `update`, for integer or complex leaves, or a state of another kind.
+      ValueError, TypeError: from the factory, for arguments out of range or of another
+        kind; from `init` and `update`, at trace time, for leaves that are not real
+        floats with a replica axis, and for updates, params and state that do not fit
+        each other. The message names the leaf, its shape and what was expected.
 
     Examples:
       >>> import jax, optax, pranam_optax

@@ -75,12 +75,7 @@ def reparametrize(
       other keywords to `optimizer`.
 
     Raises:
-      ValueError: from `init` and `update`, at trace time, for a leaf without replica
-        axis, leaves that disagree on R, params and updates of different structure or
-        shapes, params of other shapes than those of `init`, missing params, or a tree
-        without leaves.
-      TypeError: for an embedding that is none; from `init` and `update`, for integer
-        or complex leaves, or a state of another kind.
+      ValueError, TypeError: as `pranam`.
 
     Examples:
       >>> import jax, optax, pranam_optax

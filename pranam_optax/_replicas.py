@@ -237,9 +237,8 @@ def average_replicas(params: PyTree, weights: Any = None) -> PyTree:
       weight.
 
     Raises:
-      ValueError: for leaves without replica axis or that disagree on R, or weights of
-        another shape than `[R]`, negative or not finite.
-      TypeError: for integer or complex leaves.
+      ValueError, TypeError: for leaves that are not real floats with a replica axis, or
+        weights of another shape than `[R]`, negative or not finite.
 
     Examples:
       >>> import jax.numpy as jnp, pranam_optax
