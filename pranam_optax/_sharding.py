@@ -1,12 +1,13 @@
 """Replicas spread over devices: all that the package has to know about it."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
 from pranam_optax._tree import PyTree
@@ -86,6 +87,35 @@ def _place(fun: Callable[..., Any], args: Any, mesh: Any) -> PyTree:
 
     shapes = jax.eval_shape(fun, *jax.tree.map(unsharded, args))
     return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def with_auto_axes(fun: Function) -> Function:
+    """Strips arguments and the current mesh of explicit axes: for a whole fit."""
+
+    def strip(x: Any) -> Any:
+        if isinstance(x, jax.core.Tracer) or _explicit_mesh(x) is None:
+            return x
+        mesh = Mesh(x.sharding.mesh.devices, x.sharding.mesh.axis_names)
+        return jax.device_put(x, NamedSharding(mesh, x.sharding.spec))
+
+    @functools.wraps(fun)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = jax.tree.map(strip, (args, kwargs))
+        with _auto_mesh():
+            return fun(*args, **kwargs)
+
+    return cast(Function, wrapper)
+
+
+@contextlib.contextmanager
+def _auto_mesh() -> Iterator[None]:
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        yield
+    else:
+        axis_types = (AxisType.Auto,) * len(mesh.axis_names)
+        with jax.sharding.use_abstract_mesh(mesh.update(axis_types=axis_types)):
+            yield
 
 
 def check_shardings(updates: PyTree, params: PyTree) -> None:

@@ -13,9 +13,11 @@ import optax
 import pytest
 
 import pranam_optax
-from pranam_optax.fitting import MinimizeResult, lbfgs, levenberg_marquardt
-from pranam_optax.fitting._coordinates import (
+from pranam_optax.fitting import (
+    MinimizeResult,
     draw_around,
+    lbfgs,
+    levenberg_marquardt,
     make_coordinates,
     parse_bounds,
 )

@@ -1,5 +1,10 @@
-"""What `minimize` and `fit` return and take: results, progress and refinements."""
+"""What `minimize` and `fit` return, and what they take: progress, coordinates, polish."""
 
+from pranam_optax.fitting._coordinates import Bounds as Bounds
+from pranam_optax.fitting._coordinates import Coordinates as Coordinates
+from pranam_optax.fitting._coordinates import draw_around as draw_around
+from pranam_optax.fitting._coordinates import make_coordinates as make_coordinates
+from pranam_optax.fitting._coordinates import parse_bounds as parse_bounds
 from pranam_optax.fitting._minimize import Progress as Progress
 from pranam_optax.fitting._polish import Polish as Polish
 from pranam_optax.fitting._polish import Polished as Polished
@@ -9,15 +14,3 @@ from pranam_optax.fitting._polish import second_order as second_order
 from pranam_optax.fitting._result import FitResult as FitResult
 from pranam_optax.fitting._result import MinimizeResult as MinimizeResult
 from pranam_optax.fitting._result import Minimum as Minimum
-
-__all__ = [
-    "FitResult",
-    "MinimizeResult",
-    "Minimum",
-    "Polish",
-    "Polished",
-    "Progress",
-    "lbfgs",
-    "levenberg_marquardt",
-    "second_order",
-]

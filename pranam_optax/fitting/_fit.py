@@ -10,9 +10,9 @@ import optax
 from jax.tree_util import Partial, keystr
 
 from pranam_optax._pranam import Coupling
+from pranam_optax._sharding import with_auto_axes
 from pranam_optax._tree import PyTree, compute_dtype, is_traced
 from pranam_optax.fitting._coordinates import broadcasts_to, working_dtype
-from pranam_optax.fitting._mesh import with_auto_axes
 from pranam_optax.fitting._minimize import Callback, Options, search
 from pranam_optax.fitting._polish import Function, Polish, power_of_two, second_order
 from pranam_optax.fitting._result import FitResult

@@ -13,6 +13,7 @@ from jax.tree_util import Partial, all_leaves
 
 from pranam_optax._pranam import Coupling, pranam
 from pranam_optax._replicas import as_key
+from pranam_optax._sharding import with_auto_axes
 from pranam_optax._tree import PyTree, check_count, is_traced, largest_magnitudes, scale
 from pranam_optax.fitting._coordinates import (
     Bounds,
@@ -24,7 +25,6 @@ from pranam_optax.fitting._coordinates import (
     parse_bounds,
     working_dtype,
 )
-from pranam_optax.fitting._mesh import with_auto_axes
 from pranam_optax.fitting._polish import Function, Polish, check_polish, second_order
 from pranam_optax.fitting._result import MinimizeResult
 from pranam_optax.fitting._trace import (
