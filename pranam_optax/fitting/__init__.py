@@ -1,4 +1,4 @@
-"""What `minimize` and `fit` return, and what they take: progress, coordinates, polish."""
+"""What `minimize` and `fit` return and take: results, coordinates, progress, polish."""
 
 from pranam_optax.fitting._coordinates import Bounds as Bounds
 from pranam_optax.fitting._coordinates import Coordinates as Coordinates
