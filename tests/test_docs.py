@@ -108,6 +108,14 @@ def test_frameworks():
             best = np.mean((recipe["prediction"][:, 0] - recipe["data"].y) ** 2)
             assert best < 1.5 * recipe["values"].min()
 
+    many = page.after("One model out of many")
+    mean = many["statistics"]["batch_stats"]["BatchNorm_0"]["mean"]
+    layer = jax.tree.map(np.asarray, many["average"]["Dense_1"])
+    hidden = np.asarray(many["data"].x) @ layer["kernel"] + layer["bias"]
+    np.testing.assert_allclose(mean, hidden.mean(axis=0), rtol=1e-4, atol=1e-5)
+    loss = np.mean((many["prediction"][:, 0] - many["data"].y) ** 2)
+    assert loss < 1.5 * many["values"].mean()
+
     checkpoint = page.after("Checkpoints")
     run, restored = checkpoint["run"], checkpoint["restored"]
     assert jax.tree.structure(run) == jax.tree.structure(restored)

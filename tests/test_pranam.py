@@ -429,6 +429,12 @@ def test_no_finite_replica_at_all():
     np.testing.assert_array_equal(state.nonfinite, np.ones(R))
 
 
+@pytest.mark.parametrize("weight", [jnp.inf, jnp.nan])
+def test_nothing_has_been_left_out_at_the_start(weight):
+    state = pranam_optax.pranam().init(spoil(make_params(), 2, weight))
+    np.testing.assert_array_equal(state.nonfinite, np.zeros(R))
+
+
 @pytest.mark.parametrize("huge", [1e20, 3e38])
 def test_weights_that_cannot_be_squared_are_left_out(huge):
     params = make_params()
