@@ -1,6 +1,7 @@
 """The transformation `pranam`: replica gradients, projected onto an embedding."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -151,57 +152,9 @@ def pranam(
         phi = embedding.init(as_key(key), params)
         return PranamState(jnp.zeros([], jnp.int32), phi, zero_counts(params))
 
-    @auto_axes
-    def step(
-        updates: PyTree, state: PranamState, params: PyTree, coupling: Any, s: Any
-    ) -> tuple[PyTree, PranamState]:
-        # A replica that is not alive becomes rows of zeros, here at the edge; and G is
-        # divided by its largest entry, after which no square overflows.
-        c, s = each_replica(coupling, "coupling", updates), jnp.asarray(s, float)
-        living = alive(params, updates) & jnp.isfinite(c) & jnp.isfinite(s)
-        unit = largest_entry(updates, living)
-        gradients = divide(mask_replicas(living, updates, like=params), unit)
-        weights = mask_replicas(living, params, like=updates)
-        gradient_rms, weight_rms = rms(gradients, living), rms(weights, living)
-        dtype, rounding = weight_rms.dtype, 8 * jnp.finfo(weight_rms.dtype).eps
-        c = jnp.where(living, jnp.clip(c, 0.0, 1.0), 0.0).astype(dtype)
-
-        # 1. G^ = G / rms(G)
-        normalized = scale(reciprocal(gradient_rms), gradients)
-
-        # 2. T = W - s sigma G^; differences that rounding explains are none
-        spread = rms(deviations(weights, living), living)
-        identical = spread <= rounding * weight_rms
-        sigma = jnp.where(identical, positive(weight_rms), spread)
-        target = subtract(weights, scale(s.astype(dtype) * sigma, normalized))
-
-        # 3. l(phi) = 1/2 ||f(phi) - T||^2
-        # 4. phi' = phi - alpha grad l(phi)
-        phi = projection_step(embedding, state.phi, target, living)
-
-        # 5. P = W - f(phi')
-        pull = mask_replicas(living, subtract(weights, embedding.apply(phi)))
-        pull_rms = rms(pull, living)
-        pull_rms = jnp.where(pull_rms > rounding * weight_rms, pull_rms, 0.0)
-
-        # 6. U = c P / rms(P) + (1 - c) G^, times rms(G) if it is not normalised
-        size = 1.0 if normalize_updates else gradient_rms * unit.astype(dtype)
-        of_pull, of_gradient = size * c * reciprocal(pull_rms), size * (1 - c)
-
-        def mix(original: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
-            update = times(of_pull, p) + times(of_gradient, g)
-            limit = float(jnp.finfo(leaf_dtype(original)).max)
-            update = jnp.clip(update, -limit, limit).astype(leaf_dtype(original))
-            if normalize_updates:
-                return update
-            free = broadcast_to_leaf(living & (c == 0), original)
-            return jnp.where(free, original, update)  # bit for bit
-
-        return jax.tree.map(mix, updates, pull, normalized), PranamState(
-            count=optax.safe_increment(state.count),
-            phi=phi,
-            nonfinite=state.nonfinite + (~living).astype(jnp.int32),
-        )
+    step = auto_axes(
+        partial(_step, embedding=embedding, normalize_updates=normalize_updates)
+    )
 
     def update_fn(
         updates: PyTree, state: PranamState, params: PyTree = None, **extra_args: Any
@@ -212,6 +165,66 @@ def pranam(
         return step(updates, state, params, c, step_size)
 
     return optax.GradientTransformationExtraArgs(init, update_fn)
+
+
+def _step(
+    updates: PyTree,
+    state: PranamState,
+    params: PyTree,
+    coupling: Any,
+    s: Any,
+    *,
+    embedding: Embedding,
+    normalize_updates: bool,
+) -> tuple[PyTree, PranamState]:
+    """One update: U and the next state."""
+    # A replica that is not alive becomes rows of zeros, here at the edge; and G is
+    # divided by its largest entry, after which no square overflows.
+    c, s = each_replica(coupling, "coupling", updates), jnp.asarray(s, float)
+    living = alive(params, updates) & jnp.isfinite(c) & jnp.isfinite(s)
+    unit = largest_entry(updates, living)
+    gradients = divide(mask_replicas(living, updates, like=params), unit)
+    weights = mask_replicas(living, params, like=updates)
+    gradient_rms, weight_rms = rms(gradients, living), rms(weights, living)
+    dtype, rounding = weight_rms.dtype, 8 * jnp.finfo(weight_rms.dtype).eps
+    c = jnp.where(living, jnp.clip(c, 0.0, 1.0), 0.0).astype(dtype)
+
+    # 1. G^ = G / rms(G)
+    normalized = scale(reciprocal(gradient_rms), gradients)
+
+    # 2. T = W - s sigma G^; differences that rounding explains are none
+    spread = rms(deviations(weights, living), living)
+    identical = spread <= rounding * weight_rms
+    sigma = jnp.where(identical, positive(weight_rms), spread)
+    target = subtract(weights, scale(s.astype(dtype) * sigma, normalized))
+
+    # 3. l(phi) = 1/2 ||f(phi) - T||^2
+    # 4. phi' = phi - alpha grad l(phi)
+    phi = projection_step(embedding, state.phi, target, living)
+
+    # 5. P = W - f(phi')
+    pull = mask_replicas(living, subtract(weights, embedding.apply(phi)))
+    pull_rms = rms(pull, living)
+    pull_rms = jnp.where(pull_rms > rounding * weight_rms, pull_rms, 0.0)
+
+    # 6. U = c P / rms(P) + (1 - c) G^, times rms(G) if it is not normalised
+    size = 1.0 if normalize_updates else gradient_rms * unit.astype(dtype)
+    of_pull, of_gradient = size * c * reciprocal(pull_rms), size * (1 - c)
+
+    def mix(original: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
+        update = times(of_pull, p) + times(of_gradient, g)
+        limit = float(jnp.finfo(leaf_dtype(original)).max)
+        update = jnp.clip(update, -limit, limit).astype(leaf_dtype(original))
+        if normalize_updates:
+            return update
+        free = broadcast_to_leaf(living & (c == 0), original)
+        return jnp.where(free, original, update)  # bit for bit
+
+    return jax.tree.map(mix, updates, pull, normalized), PranamState(
+        count=optax.safe_increment(state.count),
+        phi=phi,
+        nonfinite=state.nonfinite + (~living).astype(jnp.int32),
+    )
 
 
 def projection_step(
