@@ -143,9 +143,7 @@ def test_fresh_functions_and_optimizers_compile_nothing(compilations):
     first, same = run(1.0), run(1.0)
     np.testing.assert_array_equal(first.replica_values, same.replica_values)
     before = compilations()
-    start = time.perf_counter()
     others = [run(by) for by in np.linspace(0.1, 2.9, 10).tolist()]
-    assert (time.perf_counter() - start) / 10 < 3
     assert compilations() == before
     for by, result in zip(np.linspace(0.1, 2.9, 10), others, strict=True):
         np.testing.assert_allclose(result.params["x"], by, atol=0.5)
@@ -442,15 +440,23 @@ def test_results_compare_by_identity_and_can_be_pickled():
 
 
 def test_thousands_of_replicas_are_grouped_at_once():
-    """With Python's loops, this took 18 s for 2000 replicas."""
-    rng = np.random.default_rng(0)
-    many = make_result(
-        replica_params=rng.normal(size=(4000, 2)), replica_values=np.zeros(4000)
-    )
-    start = time.process_time()
-    assert len(many.minima) > 2000
-    repr(many)
-    assert time.process_time() - start < 10
+    """With NumPy and not pair by pair in Python, which took as long as 500 such passes."""
+    points = np.random.default_rng(0).normal(size=(2000, 2))
+    many = make_result(replica_params=points, replica_values=np.zeros(2000))
+
+    def grouping():
+        assert len(many.minima) > 1000
+        repr(many)
+
+    def pairs():
+        np.abs(points[:, None] - points[None]).max(axis=-1).min()
+
+    def seconds(run):
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+
+    assert seconds(grouping) < 100 * min(seconds(pairs) for _ in range(3))
 
 
 def test_results_say_whether_values_were_checked():
