@@ -284,8 +284,10 @@ def gallagher(
     heights = jnp.concatenate([jnp.full_like(rest[:1], 10), rest])
     distances = turn(q, x - x_opt)[None] - peaks
     exponents = jnp.sum(widths * distances**2, axis=1) / (-2 * dim)
-    # 10 less the highest peak
-    depth = -10 * jnp.expm1(jnp.max(exponents + jnp.log(heights / 10)))
+    logs = exponents + jnp.log(heights / 10)
+    # 10 less the highest peak; by its index, since the gradient of a maximum looks for
+    # the operand that equals it, and a compiled program may round the two differently.
+    depth = -10 * jnp.expm1(logs[jnp.argmax(logs)])
     return t_osz(depth) ** 2 + penalty(x)
 
 
