@@ -1,6 +1,7 @@
 """COCO's noiseless functions against COCO itself, and their gradients."""
 
 import bbob
+import bbob_runtimes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +127,29 @@ def test_instances_share_a_program():
 def test_numbers_are_checked(numbers):
     with pytest.raises(ValueError, match=r"function must be|need dim"):
         bbob.make(*numbers)
+
+
+def test_runtimes(x64):
+    """Every evaluation counts, and those with a gradient as often as is said."""
+    assert bbob_runtimes.TARGETS[0] == 1e2 and bbob_runtimes.TARGETS[-1] == 1e-8
+    problem = bbob.make(1, 3, 1)
+    counted = bbob_runtimes.Counted(problem)
+    best = np.asarray(problem.minimizer)
+    values = [counted(best + distance) for distance in (1.0, 1e-2)]
+    value, gradient = counted.value_and_grad(best + 1e-3)
+    np.testing.assert_allclose(gradient, np.full(3, 2e-3), 1e-9)
+    np.testing.assert_allclose([*values, value], counted.minimum, 1e-1)
+    times = counted.runtimes(gradient_cost=4)
+    assert times[0] == 1 and sorted(set(times)) == [1, 2, 6, np.inf]
+    assert np.all((times <= 1) == (bbob_runtimes.TARGETS >= 3))
+    assert np.all((times <= 6) == (bbob_runtimes.TARGETS >= 3e-6))
+    np.testing.assert_allclose(
+        bbob_runtimes.share(times, 6), np.mean(bbob_runtimes.TARGETS >= 3e-6)
+    )
+
+
+def test_cma_reaches_all_targets_of_the_sphere(x64):
+    pytest.importorskip("cma")
+    counted = bbob_runtimes.Counted(bbob.make(1, 2, 1))
+    bbob_runtimes.run_cma(counted, dim=2, budget=1000, seed=0)
+    assert np.isfinite(counted.runtimes()).all() and len(counted.history) < 1000

@@ -7,10 +7,9 @@ dimension share a compiled program, and may be stacked and run under `jax.vmap`.
     problem = make(8, dim=10, instance=1)
     value, gradient = jax.value_and_grad(problem.fun)(x)
 
-Values are written so that they lose no digits near the minimum, where the textbook
-form subtracts large numbers: `excess` is the value above the minimum. Where a function
-has no gradient, as on a ridge or at a minimum that is a cusp, it is finite, and zero at
-the minimum. The functions grow outside the box [-5, 5] as those of COCO do.
+`excess` is the value above the minimum, written so that it loses no digits there, where
+the textbook form subtracts large numbers. At cusps and ridges the gradient is finite.
+Outside the box [-5, 5] the functions continue as those of COCO do.
 
 References:
   N. Hansen, S. Finck, R. Ros, A. Auger, `Real-parameter black-box optimization
@@ -114,7 +113,7 @@ def turn(matrix: jax.Array, x: jax.Array) -> jax.Array:
 
 def penalty(x: jax.Array) -> jax.Array:
     """The squared distance from the box."""
-    return jnp.sum(jnp.maximum(jnp.abs(x) - 5, 0.0) ** 2)
+    return jnp.sum((x - jnp.clip(x, -5, 5)) ** 2)
 
 
 def rosenbrock_terms(z: jax.Array) -> jax.Array:
@@ -154,8 +153,8 @@ def rastrigin(x: jax.Array, x_opt: jax.Array) -> jax.Array:
 def bueche_rastrigin(x: jax.Array, x_opt: jax.Array) -> jax.Array:
     """f4: every other coordinate is ten times steeper above its minimiser."""
     z = t_osz(x - x_opt)
-    odd = jnp.arange(x.shape[0]) % 2 == 0
-    z = jnp.where(odd & (z > 0), 10.0, 1.0).astype(x.dtype) * scales(10, x) * z
+    even = jnp.arange(x.shape[0]) % 2 == 0
+    z = jnp.where(even & (z > 0), 10.0, 1.0).astype(x.dtype) * scales(10, x) * z
     return rastrigin_sum(z) + 100 * penalty(x)
 
 
@@ -182,7 +181,8 @@ def step_ellipsoid(
     coarse, fine = jnp.floor(z_hat + 0.5), jnp.floor(10 * z_hat + 0.5) / 10
     z = turn(r, jnp.where(jnp.abs(z_hat) > 0.5, coarse, fine))
     steps = jnp.sum(100 ** ramp(x) * z**2)
-    return 0.1 * jnp.maximum(jnp.abs(z_hat[0]) / 1e4, steps) + penalty(x)
+    slope = jnp.abs(z_hat[0]) / 1e4
+    return 0.1 * jnp.where(slope > steps, slope, steps) + penalty(x)
 
 
 def rosenbrock(x: jax.Array, x_opt: jax.Array) -> jax.Array:
@@ -286,7 +286,7 @@ def gallagher(
     exponents = jnp.sum(widths * distances**2, axis=1) / (-2 * dim)
     logs = exponents + jnp.log(heights / 10)
     # 10 less the highest peak; by its index, since the gradient of a maximum looks for
-    # the operand that equals it, and a compiled program may round the two differently.
+    # the operand that equals it, which a compiled program may have rounded differently.
     depth = -10 * jnp.expm1(logs[jnp.argmax(logs)])
     return t_osz(depth) ** 2 + penalty(x)
 
@@ -311,7 +311,9 @@ def lunacek(x: jax.Array, x_opt: jax.Array, r: jax.Array, q: jax.Array) -> jax.A
     z = turn(r, scales(100, x) * turn(q, x_hat - 2.5))
     right, wrong = jnp.sum((x_hat - 2.5) ** 2), jnp.sum((x_hat - mu_1) ** 2)
     ripples = jnp.sum(20 * jnp.sin(jnp.pi * z) ** 2)
-    return jnp.minimum(right, dim + s * wrong) + ripples + 1e4 * penalty(x)
+    wrong = dim + s * wrong
+    bowls = jnp.where(right < wrong, right, wrong)
+    return bowls + ripples + 1e4 * penalty(x)
 
 
 FUNCTIONS: dict[int, Callable[..., jax.Array]] = {
