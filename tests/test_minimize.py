@@ -440,7 +440,7 @@ def test_results_compare_by_identity_and_can_be_pickled():
 
 
 def test_thousands_of_replicas_are_grouped_at_once():
-    """With NumPy and not pair by pair in Python, which took as long as 500 such passes."""
+    """In NumPy, not pair by pair in Python, which took 500 times as long as a pass."""
     points = np.random.default_rng(0).normal(size=(2000, 2))
     many = make_result(replica_params=points, replica_values=np.zeros(2000))
 
