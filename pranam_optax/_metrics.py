@@ -95,12 +95,12 @@ def replica_metrics(
       ...     print(f"{name}: {metric:.3g}")
       dead: 0
       duplicates: 0
-      spread: 1.15
       effective_rank: 1
-      loss_mean: 1
-      loss_std: 0.816
-      loss_min: 0
       loss_max: 2
+      loss_mean: 1
+      loss_min: 0
+      loss_std: 0.816
+      spread: 1.15
 
     References:
       O. Roy, M. Vetterli, The effective rank, EUSIPCO 2007.
