@@ -179,23 +179,25 @@ def test_fit_fast(data):
         check_fit(data, polynomial, 2, (), "float64")
 
 
+# As many kinds of programs in each test as `minimize` keeps.
+
+
 @pytest.mark.slow
-@examples(1400)
-@hypothesis.given(st.data())
-def test_minimize(data):
-    dtype = data.draw(st.sampled_from(["bfloat16", "float32", "float64"]))
-    polish = data.draw(st.sampled_from([None, lbfgs()]))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("polish", [None, lbfgs()], ids=["coupled", "polished"])
+@examples(234)
+@hypothesis.given(data=st.data())
+def test_minimize(dtype, polish, data):
+    size = data.draw(st.sampled_from([1, 4]))
     with jax.enable_x64(dtype == "float64"):
-        check_minimize(
-            data, dtype, polish, CLOSURES, data.draw(st.sampled_from([1, 4]))
-        )
+        check_minimize(data, dtype, polish, CLOSURES, size)
 
 
 @pytest.mark.slow
-@examples(600)
-@hypothesis.given(st.data())
-def test_fit(data):
-    dtype = data.draw(st.sampled_from(["float32", "float64"]))
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@examples(300)
+@hypothesis.given(data=st.data())
+def test_fit(dtype, data):
     shape = data.draw(st.sampled_from([(), (2,)]))
     with jax.enable_x64(dtype == "float64"):
         check_fit(data, polynomial, data.draw(st.integers(1, 3)), shape, dtype)
