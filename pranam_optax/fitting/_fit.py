@@ -261,34 +261,42 @@ def _statistics(
     spare = r.size - jacobian.shape[1]
     estimate = chi_square / spare if spare > 0 else jnp.inf
     variance = jnp.where(known, 1 / jnp.square(unit), estimate).astype(r.dtype)
-    covariance = variance * _inverse_gram(jacobian)
-    deviations = jnp.sqrt(jnp.diagonal(covariance))
+    covariance, deviations = _inverse_gram(jacobian)
+    deviations = jnp.sqrt(variance) * deviations
     splits = np.cumsum([x.size for x in leaves])[:-1]
     errors = [
         e.reshape(x.shape)
         for e, x in zip(jnp.split(deviations, splits), leaves, strict=True)
     ]
     return (
-        covariance,
+        variance * covariance,
         jax.tree.unflatten(treedef, errors),
         chi_square * jnp.square(unit),
     )
 
 
-def _inverse_gram(jacobian: jax.Array) -> jax.Array:
-    """The inverse of J'J: infinite or NaN for params that J does not determine."""
-    size, eps = jacobian.shape[1], jnp.finfo(jacobian.dtype).eps
-    # Columns of norm 1: params of very different size stay apart from rounding.
-    norms = jnp.linalg.norm(jacobian, axis=0)
-    norms = jnp.where(norms > 0, norms, 1.0)
-    triangle = jnp.linalg.qr(jacobian / norms[None], mode="r")
-    square = jnp.zeros((size, size), jacobian.dtype).at[: len(triangle)].set(triangle)
+def _inverse_gram(jacobian: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The inverse of J'J, and the square roots of its diagonal.
+
+    Infinite or NaN for params that J does not determine.
+    """
+    num, eps = jacobian.shape[1], jnp.finfo(jacobian.dtype).eps
+    # Columns of one size: params of very different size stay apart from rounding.
+    sizes = jnp.max(jnp.abs(jacobian), axis=0)
+    sizes = jnp.where(sizes > 0, sizes, 1.0)
+    triangle = jnp.linalg.qr(jacobian / sizes[None], mode="r")
+    square = jnp.zeros((num, num), jacobian.dtype).at[: len(triangle)].set(triangle)
     _, values, rows = jnp.linalg.svd(square)
-    lost = values <= 10 * size * eps * values[0]
-    weights = jnp.where(lost, 0.0, 1 / jnp.where(lost, 1.0, values))
-    half = rows.T * weights[None] / norms[:, None]
+    lost = values <= 10 * num * eps * values[0]
+    half = rows.T * jnp.where(lost, 0.0, 1 / jnp.where(lost, 1.0, values))[None]
+    # Not from the diagonal, which may overflow where its root does not.
+    roots = jnp.linalg.norm(half, axis=1) / sizes
+    half = half / sizes[:, None]
     inverse = jnp.matmul(half, half.T, precision=jax.lax.Precision.HIGHEST)
     # The params in a direction that leaves the predictions as they are.
     free = jnp.sum(jnp.where(lost[:, None], jnp.square(rows), 0.0), axis=0) > eps**0.5
-    unknown = jnp.where(jnp.eye(size, dtype=bool), jnp.inf, jnp.nan)
-    return jnp.where(free[:, None] | free[None], unknown, inverse)
+    unknown = jnp.where(jnp.eye(num, dtype=bool), jnp.inf, jnp.nan)
+    return (
+        jnp.where(free[:, None] | free[None], unknown, inverse),
+        jnp.where(free, jnp.inf, roots),
+    )

@@ -208,7 +208,7 @@ class FitResult:
       sigma: standard deviations of the data, or None.
       covariance: of the entries of the params in the order of their leaves, `[P, P]`;
         None for another loss than least squares. Infinite or NaN where the data do
-        not determine the params.
+        not determine the params, or where a square is beyond the range of the dtype.
       standard_errors: like one model's params, or None: the square roots of the
         covariance's diagonal.
       chi_square: sum of the squared residuals over sigma at the best params.
