@@ -52,6 +52,12 @@ def make_gradients(tree, seed=1):
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
 
 
+def make_both(num_replicas=6, seed=0, dtype=jnp.float32):
+    """Params and gradients."""
+    params = make_params(num_replicas, seed, dtype)
+    return params, make_gradients(params, seed + 1)
+
+
 def bumpy_gradient(params):
     """The gradient of a bowl with ripples."""
     return jax.tree.map(lambda x: x + jnp.sin(5 * x), params)
@@ -112,6 +118,28 @@ def spread(tree):
     return np.sqrt(np.mean((weights - weights.mean(axis=0)) ** 2))
 
 
+def assert_close(actual, expected, rtol=0.0, atol=0.0):
+    """Trees of numbers, in double precision."""
+
+    def compare(x, y):
+        np.testing.assert_allclose(
+            *(np.asarray(z, np.float64) for z in (x, y)), rtol, atol
+        )
+
+    jax.tree.map(compare, actual, expected)
+
+
+def assert_equal(actual, expected):
+    """Trees of numbers; NaN equals NaN, and zero equals minus zero."""
+    assert_close(actual, expected)
+
+
+def refused(match, fun, *args, error=ValueError, **kwargs):
+    """A call ends with an error whose message matches."""
+    with pytest.raises(error, match=match):
+        fun(*args, **kwargs)
+
+
 def assert_same_bits(actual, expected):
     """Signed zeros and NaN too."""
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -127,6 +155,12 @@ def assert_stable(old, new):
 
 
 # Devices
+
+
+def make_mesh(axis_type="Explicit", size=2, model_size=2):
+    """Axes for the replicas and for what is in one of them."""
+    types = (jax.sharding.AxisType[axis_type],) * 2
+    return jax.make_mesh((size, model_size), ("replicas", "model"), axis_types=types)
 
 
 def shard(tree, mesh, model_axis=None):
