@@ -70,6 +70,10 @@ def spoil(tree, replica, value):
     return {**tree, "w": jnp.asarray(w)}
 
 
+def scaled(factor, tree):
+    return jax.tree.map(lambda x: factor * x, tree)
+
+
 def rows(tree, index):
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[index]), tree)
 

@@ -16,7 +16,7 @@ import pytest
 from optax.contrib import _common_test as common
 
 import pranam_optax
-from conftest import make_params, shard
+from conftest import make_params, refused, shard
 
 pytestmark = pytest.mark.usefixtures("optax_promotion")
 
@@ -231,3 +231,87 @@ def test_sharded_steps_take_the_place_of_their_input(name):
         assert x.sharding.shard_shape(x.shape)[0] == 1
     assert any(x.is_deleted() for x in jax.tree.leaves(start[1]))
     chex.assert_trees_all_close(second, expected, rtol=1e-4, atol=1e-5)
+
+
+# Errors, the same of all
+
+
+LINKS = {
+    "pranam": pranam_optax.pranam(),
+    "pranam to the mean": pranam_optax.pranam(pranam_optax.mlp_embedding(())),
+    "elastic_averaging": pranam_optax.elastic_averaging(),
+    "reparametrize": pranam_optax.reparametrize(optax.sgd(0.1)),
+}
+every_link = pytest.mark.parametrize("name", LINKS)
+W, B = np.ones((6, 3, 2), "f4"), np.ones(6, "f4")
+GOOD, FOUR = {"w": W, "b": B}, {"w": W[:4], "b": B[:4]}
+TURNED = {"w": W.reshape(6, 2, 3), "b": B}
+DEEP = r"params\['deep'\]\[0\] has shape"
+SHORT = {"a": W[:3], "b": {"c": W[:4]}}
+DISAGREE = r"\['a'\] has shape \(3, 3, 2\), {0}\['b'\]\['c'\] has shape \(4, 3, 2\)"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (
+            {"w": W, "deep": [B[0]]},
+            r"params\['deep'\]\[0\] has shape \(\) and no replica",
+        ),
+        (
+            {"w": W, "deep": [W[:0]]},
+            r"params\['deep'\]\[0\] has shape \(0, 3, 2\) .* axis",
+        ),
+        (SHORT, "params" + DISAGREE.format("params")),
+    ],
+)
+@every_link
+def test_trees_without_replicas(name, tree, message):
+    refused(message, LINKS[name].init, tree)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.complex64, np.bool_])
+@every_link
+def test_leaves_must_be_floating(name, dtype):
+    tx, tree = LINKS[name], {"w": W, "b": B.astype(dtype)}
+    state = jax.eval_shape(tx.init, GOOD)
+    message = rf"\['b'\] has dtype {np.dtype(dtype).name} \(shape .* floating-point"
+    refused("params" + message, tx.init, tree, error=TypeError)
+    refused("updates" + message, tx.update, tree, state, GOOD, error=TypeError)
+
+
+@pytest.mark.parametrize(
+    ("grads", "params", "start", "message"),
+    [
+        (GOOD, None, GOOD, r"{} needs .* call tx.update\(grads, state, params\)"),
+        ({}, {}, {}, "updates has no leaves; {} needs at least one"),
+        (SHORT, GOOD, GOOD, "updates" + DISAGREE.format("updates")),
+        ({"w": W}, GOOD, GOOD, r"updates\['b'\] is missing and params\['b'\]"),
+        (GOOD | {"c": B}, GOOD, GOOD, r"has shape \(6,\) and params\['c'\] is missing"),
+        (TURNED, GOOD, GOOD, r"updates\['w'\] has shape \(6, 2, 3\) and"),
+        ([W, B], (W, B), GOOD, "same structure, but updates is PyTreeDef"),
+        (GOOD, GOOD, FOUR, "params has 6 replicas, but the state .* 4"),
+        # These would broadcast.
+        (
+            GOOD,
+            GOOD,
+            GOOD | {"w": W[:, :1]},
+            r"makes params\['w'\] of shape \(6, 1, 2\), but .* has shape \(6, 3, 2\)",
+        ),
+        (GOOD, GOOD, {"w": W}, r"params\['b'\] has shape \(6,\) and .* missing"),
+        (GOOD, GOOD, GOOD | {"c": B}, r"makes params\['c'\] .* missing"),
+    ],
+)
+@every_link
+def test_what_does_not_go_together(name, grads, params, start, message):
+    tx = LINKS[name]
+    state = jax.eval_shape(tx.init, start)
+    refused(message.format(name.split()[0]), tx.update, grads, state, params)
+
+
+@pytest.mark.parametrize("state", [None, {}, (optax.EmptyState(),)])
+@every_link
+def test_what_is_no_state(name, state):
+    message = r"must be the {}State .*update\(grads, state, params"
+    message = message.format(name.split()[0].title().replace("_", ""))
+    refused(message, LINKS[name].update, GOOD, state, GOOD, error=TypeError)
