@@ -1,5 +1,6 @@
 """`pranam` before every optimizer of Optax, and inside and outside its wrappers."""
 
+import functools
 import inspect
 import warnings
 
@@ -11,8 +12,9 @@ import optax
 import pytest
 from optax import contrib
 
+import conftest
 import pranam_optax
-from conftest import make_gradients
+from conftest import assert_equal, make_gradients, scaled
 
 R, NUM_STEPS = 8, 60
 
@@ -34,13 +36,9 @@ grad_fn = pranam_optax.replica_value_and_grad(loss)
 
 @pytest.fixture(scope="module")
 def params():
-    drawn = make_gradients(
-        {
-            "w": jax.ShapeDtypeStruct((R, 2, 3), jnp.float32),
-            "b": jax.ShapeDtypeStruct((R, 3), jnp.float32),
-        }
-    )
-    return scaled(2.0, drawn)
+    shapes = {"w": (R, 2, 3), "b": (R, 3)}
+    drawn = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    return scaled(2.0, make_gradients(drawn))
 
 
 @pytest.fixture(scope="module")
@@ -101,19 +99,17 @@ def train(tx, params, keywords, num_steps=NUM_STEPS):
 # Every optimizer
 
 
+MARKS = {"learning_rate", "max_learning_rate", "base_optimizer", "adv_optimizer"}
+
+
 def optimizers():
     """All that Optax exports and that has a learning rate or wraps an optimizer."""
     found = {}
     for module in (optax, contrib):
         for name, factory in inspect.getmembers(module, inspect.isfunction):
             arguments = inspect.signature(factory).parameters
-            links = name.startswith(("_", "scale_by_"))
-            if not links and {
-                "learning_rate",
-                "max_learning_rate",
-                "base_optimizer",
-                "adv_optimizer",
-            } & set(arguments):
+            link = name.startswith(("_", "scale_by_"))
+            if not link and not MARKS.isdisjoint(arguments):
                 found[name] = factory
     return found
 
@@ -142,38 +138,25 @@ ARGUMENTS = {
 }
 
 
-# What needs more than `chain(pranam(), optimizer)`: (link, transformation, keywords).
+# What needs more than `chain(pranam(), optimizer)`: the transformation, and keywords
+# of update as functions of the params, the losses and the gradients.
 
 
-def losses(params, values, grads):
-    return values
-
-
-def replica_gradients(params, values, grads):
-    return grads
-
-
-def loss_of_one(params, values, grads):
-    return loss
-
-
-def loss_of_all(params, values, grads):
-    return total_loss
-
-
-def gradient_of_all(params, values, grads):
-    return lambda params, step: grad_fn(params)[1]
+LOSSES = {"values": lambda params, values, grads: values}
+LINE_SEARCH = LOSSES | {
+    "grad": lambda params, values, grads: grads,
+    "value_fn": lambda params, values, grads: loss,
+}
 
 
 def lbfgs(link):
-    tx = optax.chain(link(), pranam_optax.per_replica(optax.lbfgs()))
-    return tx, {"values": losses, "grad": replica_gradients, "value_fn": loss_of_one}
+    return optax.chain(link(), pranam_optax.per_replica(optax.lbfgs())), LINE_SEARCH
 
 
 def in_units_of_the_loss(factory, **kwargs):
     def recipe(link):
         tail = pranam_optax.per_replica(factory(**kwargs))
-        return optax.chain(link(normalize_updates=False), tail), {"values": losses}
+        return optax.chain(link(normalize_updates=False), tail), LOSSES
 
     return recipe
 
@@ -185,8 +168,9 @@ def mechanize(link):
 def sam(link):
     climb = optax.chain(contrib.normalize(), optax.sgd(0.05))
     descend = optax.chain(link(), optax.adam(0.1))
-    climb = pranam_optax.per_replica(climb)
-    return contrib.sam(descend, climb, opaque_mode=True), {"grad_fn": gradient_of_all}
+    tx = contrib.sam(descend, pranam_optax.per_replica(climb), opaque_mode=True)
+    gradient = lambda params, step: grad_fn(params)[1]  # noqa: E731
+    return tx, {"grad_fn": lambda params, values, grads: gradient}
 
 
 def schedule_free(link):
@@ -195,7 +179,8 @@ def schedule_free(link):
 
 
 def sophia(link):
-    return optax.chain(link(), contrib.sophia(0.1)), {"obj_fn": loss_of_all}
+    tx = optax.chain(link(), contrib.sophia(0.1))
+    return tx, {"obj_fn": lambda params, values, grads: total_loss}
 
 
 RECIPES = {
@@ -232,11 +217,12 @@ def behind_pranam(name, link):
     return optax.chain(link(), make_optimizer(name)), {}
 
 
+TESTED = [name for name in OPTIMIZERS if name not in EXEMPTED]
 # One of each kind; the others are compiled in the slow tests.
 KINDS = ["adam", "momo", "muon", "sam"]
 
 
-@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n not in EXEMPTED])
+@pytest.mark.parametrize("name", TESTED)
 def test_every_optimizer_is_traced_once(name, link, params):
     tx, keywords = behind_pranam(name, link)
     check_types(tx, params, keywords)
@@ -246,8 +232,7 @@ def test_every_optimizer_is_traced_once(name, link, params):
     "name",
     [
         name if name in KINDS else pytest.param(name, marks=pytest.mark.slow)
-        for name in OPTIMIZERS
-        if name not in EXEMPTED
+        for name in TESTED
     ],
 )
 def test_every_optimizer_descends_behind_pranam(name, link, params):
@@ -257,7 +242,7 @@ def test_every_optimizer_descends_behind_pranam(name, link, params):
     part = 0.7 if name == "lbfgs" else 0.5
     assert values[-1].mean() < part * values[0].mean()
     # What the embedding counts is in the state, wherever the optimizer keeps it.
-    np.testing.assert_array_equal(optax.tree.get(state, "nonfinite"), np.zeros(R))
+    assert_equal(optax.tree.get(state, "nonfinite"), np.zeros(R))
 
 
 @pytest.mark.slow
@@ -266,8 +251,7 @@ def test_line_search_after_the_release(link, params):
     coupled = optax.chain(link(), optax.adam(0.1))
     _, params, _ = train(coupled, params, {})
     polish = pranam_optax.per_replica(optax.lbfgs())
-    _, keywords = lbfgs(link)
-    values, params, _ = train(polish, params, keywords, 20)
+    values, params, _ = train(polish, params, LINE_SEARCH, 20)
     _, grads = grad_fn(params)
     assert jnp.all(values[-1] <= values[0])
     assert values[-1].mean() < 0.8
@@ -312,35 +296,31 @@ def run_updates(tx, params, *gradients, keywords=({},)):
     return jax.jit(run)(gradients, keywords)
 
 
-def scaled(factor, tree):
-    return jax.tree.map(lambda x: factor * x, tree)
+assert_close = functools.partial(conftest.assert_close, rtol=1e-5, atol=1e-6)
+LINKS = [small_pranam(), pranam_optax.reparametrize(optax.sgd(0.1), MEAN)]
 
 
-def assert_close(actual, expected):
-    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_partition(params, grads):
+@pytest.mark.parametrize("link", LINKS)
+def test_partition(link, params, grads):
     tx = optax.partition(
-        {"coupled": small_pranam(), "direct": optax.sgd(0.1)},
-        {"w": "coupled", "b": "direct"},
+        {"coupled": link, "direct": optax.sgd(0.1)}, {"w": "coupled", "b": "direct"}
     )
     (updates,), state = run_updates(tx, params, grads)
-    only_w = {"w": params["w"]}
-    (expected,), _ = run_updates(small_pranam(), only_w, {"w": grads["w"]})
+    (expected,), _ = run_updates(link, {"w": params["w"]}, {"w": grads["w"]})
     assert_close(updates, {"w": expected["w"], "b": -0.1 * grads["b"]})
     found = state.inner_states["coupled"].inner_state
     assert MEAN.apply(found.phi)["w"].shape == params["w"].shape
 
 
-def test_multi_steps(params, grads, pulled):
+@pytest.mark.parametrize("link", LINKS)
+def test_multi_steps(link, params, grads):
     """Two micro-batches whose gradients' mean is that of the whole batch."""
     noise = jax.tree.map(jnp.sin, params)
     batches = [jax.tree.map(lambda g, n: g + s * n, grads, noise) for s in (1, -1)]
-    multi = optax.MultiSteps(small_pranam(), 2)
-    (first, second), state = run_updates(multi, params, *batches)
+    (first, second), state = run_updates(optax.MultiSteps(link, 2), params, *batches)
+    (expected,), _ = run_updates(link, params, grads)
     assert_close(first, scaled(0.0, grads))
-    assert_close(second, pulled)
+    assert_close(second, expected)
     assert state.inner_opt_state.count == 1
 
 
@@ -453,27 +433,3 @@ def test_the_rate_falls_for_the_replica_on_a_plateau(params, grads):
             np.testing.assert_allclose(actual[leaf], factor * link[leaf], rtol=1e-5)
         scales[0] /= 2
     np.testing.assert_array_equal(optax.tree.get(state, "scale"), [0.25] + [1] * 7)
-
-
-# Around `reparametrize`
-
-
-def test_reparametrize_behind_multi_steps(params, grads):
-    """Accumulated gradients take the step of their mean."""
-    tx = pranam_optax.reparametrize(optax.sgd(0.1), MEAN)
-    batches = [scaled(s, grads) for s in (0.5, 1.5)]
-    (first, second), _ = run_updates(optax.MultiSteps(tx, 2), params, *batches)
-    assert_close(first, scaled(0.0, grads))
-    (expected,), _ = run_updates(tx, params, grads)
-    assert_close(second, expected)
-
-
-def test_reparametrize_of_some_leaves(params, grads):
-    embedded = pranam_optax.reparametrize(optax.sgd(0.1), MEAN)
-    tx = optax.partition(
-        {"embedded": embedded, "direct": optax.sgd(0.2)},
-        {"w": "embedded", "b": "direct"},
-    )
-    (updates,), _ = run_updates(tx, params, grads)
-    (expected,), _ = run_updates(embedded, {"w": params["w"]}, {"w": grads["w"]})
-    assert_close(updates, expected | {"b": -0.2 * grads["b"]})
