@@ -16,7 +16,7 @@ import pytest
 from optax.contrib import _common_test as common
 
 import pranam_optax
-from conftest import make_params, refused, shard
+from conftest import assert_close, make_params, refused, shard
 
 pytestmark = pytest.mark.usefixtures("optax_promotion")
 
@@ -193,7 +193,7 @@ def test_with_and_without_jit_agree(name):
     params = {k: np.asarray(x, np.float64) for k, x in params.items()}
     actual = FACTORIES[name](0.1).update(params, init(params), params)
     chex.assert_trees_all_equal_dtypes(actual, expected)
-    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert_close(actual, expected, 1e-4, 1e-5)
 
 
 @every_factory
@@ -230,7 +230,7 @@ def test_sharded_steps_take_the_place_of_their_input(name):
     for x in jax.tree.leaves(second[0]):
         assert x.sharding.shard_shape(x.shape)[0] == 1
     assert any(x.is_deleted() for x in jax.tree.leaves(start[1]))
-    chex.assert_trees_all_close(second, expected, rtol=1e-4, atol=1e-5)
+    assert_close(second, expected, 1e-4, 1e-5)
 
 
 # Errors, the same of all

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 import pranam_optax
-from conftest import as_matrix, make_gradients, make_params, spoil, without
+from conftest import (
+    as_matrix,
+    assert_close,
+    assert_equal,
+    make_gradients,
+    make_params,
+    spoil,
+    without,
+)
 
 R = 12
 TANH = pranam_optax.mlp_embedding((3, 4), activation=jnp.tanh)
@@ -43,7 +51,7 @@ def test_output_equals_the_layers_written_out():
     output = jax.jit(embedding.apply)(phi)
     for name in params:
         expected = np.tensordot(hidden, phi.heads[name], 1) + phi.bias[name][None]
-        np.testing.assert_allclose(output[name], expected, rtol=1e-5, atol=1e-6)
+        assert_close(output[name], expected, 1e-5, 1e-6)
 
 
 def test_drawn_parameters_have_the_shapes_of_the_layers():
@@ -88,13 +96,13 @@ def test_linear_fit_is_the_best_of_its_rank(width, use_bias):
     mean = weights.mean(0) if use_bias else 0 * weights.mean(0)
     u, s, vt = np.linalg.svd(weights - mean)
     expected = mean + (u[:, :width] * s[:width]) @ vt[:width]
-    np.testing.assert_allclose(as_matrix(output), expected, atol=1e-5)
+    assert_close(as_matrix(output), expected, 1e-7, 1e-5)
     # The singular values are split evenly: table and heads have the same norms.
     for norms in (
         np.linalg.norm(phi.table, axis=0),
         np.linalg.norm(as_matrix(phi.heads), axis=1),
     ):
-        np.testing.assert_allclose(norms**2, s[:width], rtol=1e-4, atol=1e-4)
+        assert_close(norms**2, s[:width], 1e-4, 1e-4)
     assert (phi.bias is None) == (not use_bias)
 
 
@@ -105,8 +113,8 @@ def test_linear_fit_of_very_many_replicas():
     mean = weights.mean(axis=0)
     u, s, vt = np.linalg.svd(weights - mean, full_matrices=False)
     expected = mean + (u[:, :3] * s[:3]) @ vt[:3]
-    np.testing.assert_allclose(output, expected, atol=2e-3)
-    np.testing.assert_allclose(np.linalg.norm(phi.table, axis=0) ** 2, s[:3], rtol=1e-3)
+    assert_close(output, expected, 1e-7, 2e-3)
+    assert_close(np.linalg.norm(phi.table, axis=0) ** 2, s[:3], 1e-3)
 
 
 @pytest.mark.parametrize("features", [(), (0,)])
@@ -115,32 +123,32 @@ def test_without_features_it_is_the_mean(features):
     phi, output = start(spoil(params, 5, jnp.nan), features)
     assert phi.heads is None
     expected = as_matrix(without(params, 5)).mean(axis=0)
-    np.testing.assert_allclose(as_matrix(output), np.tile(expected, (R, 1)), rtol=1e-5)
+    assert_close(as_matrix(output), np.tile(expected, (R, 1)), 1e-5)
 
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
 def test_linear_fit_of_few_replicas_is_exact_and_can_still_be_learned(num_replicas):
     params = make_params(num_replicas)
     phi, output = start(params)
-    chex.assert_trees_all_close(output, params, atol=1e-5)
+    assert_close(output, params, 1e-6, 1e-5)
     assert phi.table.shape == (num_replicas, 4)
     assert np.all(np.linalg.norm(phi.table, axis=0) > 0.1)  # no dead codes
     # The key draws the codes along which the replicas do not differ, and no other.
     other, _ = start(params, seed=1)
     num_directions = num_replicas - 1
     same = np.all(np.isclose(other.table, phi.table), axis=0)
-    np.testing.assert_array_equal(same, np.arange(4) < num_directions)
+    assert_equal(same, np.arange(4) < num_directions)
 
 
 def test_fit_of_very_different_scales():
     params = make_params(R)
     params = {"w": params["w"] * 1e6, "b": params["b"] * 1e-3}
     _, output = start(params, (7,))
-    np.testing.assert_allclose(output["w"], params["w"], rtol=1e-5, atol=5)
+    assert_close(output["w"], params["w"], 1e-5, 5)
     for scale in (1e-18, 1e17):
         params = jax.tree.map(lambda x: x * scale, make_params(R))
         _, output = start(params, (7,))
-        chex.assert_trees_all_close(output, params, atol=1e-4 * scale, rtol=1e-4)
+        assert_close(output, params, 1e-4, 1e-4 * scale)
 
 
 def test_fit_without_closed_form_beats_the_linear_embedding():
@@ -157,12 +165,12 @@ def test_replicas_that_are_not_finite_have_no_part_in_the_fit(embedding):
     params = make_params(R)
     phi, output = compiled(embedding)(spoil(params, 5, jnp.nan), 0)
     same, _ = compiled(embedding)(spoil(params, 5, -jnp.inf), 0)
-    chex.assert_trees_all_equal(phi, same)
+    assert_equal(phi, same)
     chex.assert_tree_all_finite(output)
-    np.testing.assert_array_equal(phi.table[5], 0)
+    assert_equal(phi.table[5], 0)
     if embedding is not TANH:
         _, rest = compiled(embedding)(without(params, 5), 0)
-        chex.assert_trees_all_close(without(output, 5), rest, atol=1e-5)
+        assert_close(without(output, 5), rest, 1e-6, 1e-5)
 
 
 # Errors

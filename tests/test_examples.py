@@ -15,6 +15,8 @@ import tensorboard
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 
+from conftest import assert_close, assert_equal
+
 needs_mnist = pytest.mark.skipif(
     not (datasets.SHARED / "mnist").is_dir(), reason="no files of MNIST in ../shared"
 )
@@ -33,7 +35,7 @@ def test_quickstart_gives_all_methods_the_same_problem_and_replicas(optax_promot
         for name in ("Adam", "pranam + Adam")
     )
     # Losses of the initial replicas, [step, replica].
-    np.testing.assert_array_equal(adam[0], ours[0])
+    assert_equal(adam[0], ours[0])
     assert not np.array_equal(adam[1], ours[1])
 
 
@@ -109,8 +111,8 @@ def test_mnist_is_read():
     assert data.train_x.min() == 0.0
     assert data.train_x.max() == 1.0
     # The first digits of the two sets are known: 5, 0, 4, 1, 9 and 7, 2, 1, 0, 4.
-    np.testing.assert_array_equal(data.train_y[:5], [5, 0, 4, 1, 9])
-    np.testing.assert_array_equal(data.test_y[:5], [7, 2, 1, 0, 4])
+    assert_equal(data.train_y[:5], [5, 0, 4, 1, 9])
+    assert_equal(data.test_y[:5], [7, 2, 1, 0, 4])
 
 
 # Data: from folders, and from a server on the loopback address.
@@ -279,9 +281,7 @@ def test_event_files_hold_the_metrics_and_the_embedding(
     assert [record.scalars["coupling"] for record in records] == [1, 0.5, 0]
     for record in records:
         assert record.values.shape == (3,)
-        np.testing.assert_allclose(
-            record.scalars["loss_mean"], record.values.mean(), rtol=1e-6
-        )
+        assert_close(record.scalars["loss_mean"], record.values.mean(), 1e-6)
         assert {"slope", "curvature", "saturation"} < record.scalars.keys()
     assert scalars == {
         (record.step, f"replicas/{name}"): number

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import pranam_optax
-from conftest import make_params
+from conftest import assert_close, assert_equal, make_params
 
 R, T = 6, 8
 GARBAGE = np.array([np.nan, np.inf, -np.inf], np.float32)
@@ -148,11 +148,11 @@ def assert_survived(name, scenario, faults, other_faults):
     # Other garbage, the same bits: all replicas that live, and the whole state.
     survivors = ~dead
     for x, y in zip(jax.tree.leaves(path), jax.tree.leaves(other_path), strict=True):
-        np.testing.assert_array_equal(x[:, survivors], y[:, survivors])
+        assert_equal(x[:, survivors], y[:, survivors])
         assert np.all(np.isfinite(x[:, survivors]))
-    chex.assert_trees_all_equal(state_a, state_b)
+    assert_equal(state_a, state_b)
     chex.assert_tree_all_finite(state_a)
-    np.testing.assert_array_equal(link_of(state_a).nonfinite, left_out.sum(axis=0))
+    assert_equal(link_of(state_a).nonfinite, left_out.sum(axis=0))
     # The update behind pranam is Adam's: its momentum moves on. That of the dead
     # and, all being out at the first step, of everybody is zero.
     if left_out[0].all():
@@ -166,7 +166,7 @@ def assert_survived(name, scenario, faults, other_faults):
     restarted = np.any(changed, axis=(1, 2))
     np.testing.assert_array_equal(restarted, dead & ~dead.all(), err_msg=str(scenario))
     for x, y in zip(jax.tree.leaves(final), jax.tree.leaves(new), strict=True):
-        np.testing.assert_array_equal(x[survivors], y[survivors])
+        assert_equal(x[survivors], y[survivors])
     (last, last_state), _ = train(new, new_state, no_faults(R))
     chex.assert_tree_all_finite(last_state)
     if not dead.all():
@@ -212,6 +212,4 @@ def test_survivors_might_as_well_be_alone(name, num_scenarios):
         (alone, _), _ = train(
             only(survivors, params), only(survivors, state), no_faults(len(survivors))
         )
-        chex.assert_trees_all_close(
-            only(survivors, together), alone, rtol=1e-3, atol=1e-4
-        )
+        assert_close(only(survivors, together), alone, 1e-3, 1e-4)

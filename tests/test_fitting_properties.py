@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import pranam_optax
+from conftest import assert_close, assert_equal
 from pranam_optax.fitting import lbfgs, levenberg_marquardt
 
 INF = np.inf
@@ -102,7 +103,7 @@ def check_minimize(data, dtype, polish, closures, size):
     assert result.params.dtype == dtype
     assert result.params.shape == (size,)
     rtol = 1e-2 if dtype == "bfloat16" else 1e-5
-    np.testing.assert_allclose(result.value, fun(result.params), rtol=rtol)
+    assert_close(result.value, fun(result.params), rtol)
     assert np.all(result.replica_params >= bounds[0][None])
     assert np.all(result.replica_params <= bounds[1][None])
     # The start of the user is a candidate; no replica ends above what it has seen.
@@ -113,8 +114,8 @@ def check_minimize(data, dtype, polish, closures, size):
     assert sum(m.num_replicas for m in result.minima) == SIZES["num_replicas"]
     if polish is None:  # the same numbers in another unit
         _, other = run(1.0)
-        np.testing.assert_array_equal(result.params, other.params)
-        np.testing.assert_array_equal(result.history, other.history * unit)
+        assert_equal(result.params, other.params)
+        assert_equal(result.history, other.history * unit)
 
 
 def check_fit(data, model, size, shape, dtype):
@@ -148,16 +149,13 @@ def check_fit(data, model, size, shape, dtype):
         design = powers / sigma[column][:, None] * y_unit
         expected = np.linalg.lstsq(design, y[column] * y_unit / sigma[column])[0]
         covariance = np.linalg.inv(design.T @ design)
-        np.testing.assert_allclose(
-            result.params[column] / units.reshape(size, -1)[:, 0],
-            expected,
-            rtol=rtol,
-            atol=rtol,
+        assert_close(
+            result.params[column] / units.reshape(size, -1)[:, 0], expected, rtol, rtol
         )
-        np.testing.assert_allclose(
+        assert_close(
             result.standard_errors[column] / units.reshape(size, -1)[:, 0],
             np.sqrt(np.diag(covariance)),
-            rtol=10 * rtol,
+            10 * rtol,
         )
     assert result.confirmed
 

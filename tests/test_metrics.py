@@ -9,7 +9,15 @@ import optax
 import pytest
 
 import pranam_optax
-from conftest import as_matrix, make_gradients, make_params, rows, spoil, spread
+from conftest import (
+    as_matrix,
+    assert_close,
+    make_gradients,
+    make_params,
+    rows,
+    spoil,
+    spread,
+)
 
 R = 7
 PLANE = pranam_optax.mlp_embedding((2,))
@@ -64,7 +72,7 @@ def test_metrics_against_numpy(broken):
     }
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6)
+        assert_close(metrics[name], value, 1e-4, 1e-6)
 
 
 def test_masked_leaves_have_no_part_in_the_pull():
@@ -77,7 +85,7 @@ def test_masked_leaves_have_no_part_in_the_pull():
     only_w = (only_w[0], state.inner_state._replace(phi=unmasked(state)), *only_w[2:])
     part = metrics_of(*only_w)
     for name in ("embedding_distance", "pull_cosine"):
-        np.testing.assert_allclose(whole[name], part[name], rtol=1e-5)
+        assert_close(whole[name], part[name], 1e-5)
     assert whole["spread"] != part["spread"]  # of all leaves
 
 
@@ -118,8 +126,8 @@ def test_effective_rank_counts_equal_directions(rank):
     for i in range(rank):
         weights += np.outer(np.linalg.qr(basis)[0][:, i], 5 * np.eye(20)[i])
     metrics = metrics_of(jnp.asarray(weights))
-    np.testing.assert_allclose(
-        metrics["effective_rank"], effective_rank(weights) if rank else 0, rtol=1e-3
+    assert_close(
+        metrics["effective_rank"], effective_rank(weights) if rank else 0, 1e-3
     )
     assert metrics["duplicates"] == (0 if rank else 7)
     assert metrics.keys() == {"dead", "duplicates", "spread", "effective_rank"}

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax import contrib
 
 import pranam_optax
-from conftest import make_gradients, rows
+from conftest import assert_close, assert_equal, make_gradients, rows
 
 R = 3
 TRANSFORMATIONS = {
@@ -101,7 +101,7 @@ def check_replicas_apart(tx, params, num_steps=3):
     assert step._cache_size() == 1
     expected = stack([run(step_alone, init_alone, rows(params, r)) for r in range(R)])
     # XLA rounds differently in programs of other shapes, by an ulp here and there.
-    chex.assert_trees_all_close(result, expected, rtol=2e-5, atol=2e-6)
+    assert_close(result, expected, 2e-5, 2e-6)
     chex.assert_trees_all_equal_dtypes(result, expected)
 
     factors = np.array([np.nan, 1, -3], np.float32)[:, None]
@@ -110,7 +110,7 @@ def check_replicas_apart(tx, params, num_steps=3):
         "b": params["b"] * factors,
     }
     spoiled = run(step, init, spoiled)
-    chex.assert_trees_all_equal(rows(spoiled, 1), rows(result, 1))
+    assert_equal(rows(spoiled, 1), rows(result, 1))
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -128,18 +128,18 @@ def test_a_global_norm_computed_by_hand():
     grads = {"w": jnp.array([[3.0], [0.3]]), "b": jnp.array([4.0, 0.4])}
     tx = pranam_optax.per_replica(optax.clip_by_global_norm(1.0))
     updates, _ = tx.update(grads, tx.init(grads))
-    np.testing.assert_allclose(updates["w"], [[0.6], [0.3]], rtol=1e-6)
-    np.testing.assert_allclose(updates["b"], [0.8, 0.4], rtol=1e-6)
+    assert_close(updates["w"], [[0.6], [0.3]], 1e-6)
+    assert_close(updates["b"], [0.8, 0.4], 1e-6)
 
 
 def test_only_the_replica_that_is_not_finite_waits(params, optax_promotion):
     tx = pranam_optax.per_replica(optax.apply_if_finite(optax.sgd(0.1), 5))
     grads = jax.tree.map(lambda x: x.at[1].set(jnp.inf), params)
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    np.testing.assert_array_equal(state.notfinite_count, [0, 1, 0])
+    assert_equal(state.notfinite_count, [0, 1, 0])
     for update, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(update[::2], -0.1 * g[::2], rtol=1e-6)
-        np.testing.assert_array_equal(update[1], 0.0)
+        assert_close(update[::2], -0.1 * g[::2], 1e-6)
+        assert_equal(update[1], 0.0)
 
 
 def test_one_learning_rate_for_each_replica(params, optax_promotion):
@@ -151,10 +151,8 @@ def test_one_learning_rate_for_each_replica(params, optax_promotion):
     for _ in range(2):
         updates, state = update(params, state, params)
         steps, expected_state = jax.jit(adam.update)(params, expected_state)
-        np.testing.assert_allclose(
-            updates["b"], -rates[:, None] * steps["b"], rtol=1e-5
-        )
-    np.testing.assert_array_equal(state.hyperparams["learning_rate"], rates)
+        assert_close(updates["b"], -rates[:, None] * steps["b"], 1e-5)
+    assert_equal(state.hyperparams["learning_rate"], rates)
 
 
 # Keywords
@@ -185,7 +183,7 @@ def test_what_each_replica_sees_of_the_keywords():
         partial=partial,
         name="text",
     )
-    np.testing.assert_array_equal(updates, [[11.0] * 2, [12.0] * 2, [13.0] * 2])
+    assert_equal(updates, [[11.0] * 2, [12.0] * 2, [13.0] * 2])
     assert "values" not in seen
     assert seen["value_fn"] is loss
     assert seen["partial"] is partial
@@ -210,13 +208,13 @@ def test_gradients_of_a_callable_model_are_no_function():
     model = Model(jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
     tx = pranam_optax.per_replica(tx)
     updates, _ = tx.update(model, tx.init(model), grad=model)
-    np.testing.assert_array_equal(updates.w, [[4, 5], [10, 11], [16, 17]])
+    assert_equal(updates.w, [[4, 5], [10, 11], [16, 17]])
 
 
 def test_keywords_that_the_transformation_does_not_know(params):
     tx = pranam_optax.per_replica(optax.scale(2.0))
     updates, _ = tx.update(params, tx.init(params), values=jnp.ones(R), other=loss)
-    chex.assert_trees_all_equal(updates, jax.tree.map(lambda x: 2 * x, params))
+    assert_equal(updates, jax.tree.map(lambda x: 2 * x, params))
 
 
 def test_errors(params):
@@ -261,9 +259,9 @@ def test_a_new_state_keeps_signed_zeros_and_other_types():
     tx = optax.GradientTransformation(init_fn, optax.identity().update)
     state = pranam_optax.per_replica(tx).init(jnp.ones((R, 2)))
     assert np.all(np.signbit(state["zero"]))
-    np.testing.assert_array_equal(state["flag"], [[True, False]] * R)
+    assert_equal(state["flag"], [[True, False]] * R)
     assert state["count"].dtype == jnp.uint8
-    np.testing.assert_array_equal(state["count"], [7] * R)
+    assert_equal(state["count"], [7] * R)
     assert jnp.all(state["key"] == jax.random.key(3))
 
 

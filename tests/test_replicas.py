@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import pranam_optax
-from conftest import make_params, rows
+from conftest import assert_close, assert_equal, make_params, rows
 
 R = 4
 
@@ -37,7 +37,7 @@ def test_replicate_initialises_each_replica_from_its_own_key():
         params = pranam_optax.replicate(init, key, R)
         for r, key in enumerate(jax.random.split(jax.random.key(3), R)):
             expected = compiled(key)
-            chex.assert_trees_all_close(rows(params, r), expected, rtol=1e-6)
+            assert_close(rows(params, r), expected, 1e-6)
 
 
 @pytest.mark.parametrize("num_replicas", [0, -1, 2.0, True])
@@ -63,10 +63,10 @@ def test_gradients_equal_a_loop_over_replicas(batch):
     for r in range(R):
         part = slice(2 * r, 2 * r + 2) if batch == "split" else slice(None)
         value, grad = one(rows(params, r), x[part], y[part], 2.0)
-        np.testing.assert_allclose(values[r], value, rtol=1e-6)
-        chex.assert_trees_all_close(rows(grads, r), grad, rtol=1e-5)
-        np.testing.assert_array_equal(aux["x"][r], x[part])
-    np.testing.assert_array_equal(aux["b"], params["b"])
+        assert_close(values[r], value, 1e-6)
+        assert_close(rows(grads, r), grad, 1e-5)
+        assert_equal(aux["x"][r], x[part])
+    assert_equal(aux["b"], params["b"])
 
     plain = pranam_optax.replica_value_and_grad(loss, batch=batch)
     expected = jax.jit(plain)(params, x, y, weight=2.0)
@@ -93,10 +93,10 @@ def test_batch_errors():
 def test_select_replica(index):
     params = make_params(R)
     expected = rows(params, 2)
-    chex.assert_trees_all_equal(pranam_optax.select_replica(params, index), expected)
+    assert_equal(pranam_optax.select_replica(params, index), expected)
     host = jax.tree.map(np.asarray, params)
     traced = jax.jit(lambda i: pranam_optax.select_replica(host, i))
-    chex.assert_trees_all_equal(traced(index), expected)
+    assert_equal(traced(index), expected)
 
 
 @pytest.mark.parametrize("index", [4, -5, np.int64(4), np.int32(-5)])
@@ -120,7 +120,7 @@ def test_best_replica(values, best):
     params = make_params(3)
     for given in (values, jnp.array(values)):
         found = pranam_optax.best_replica(params, given)
-        chex.assert_trees_all_equal(found, rows(params, best))
+        assert_equal(found, rows(params, best))
 
 
 def test_best_replica_needs_one_value_per_replica():

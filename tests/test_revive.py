@@ -11,6 +11,8 @@ import pytest
 
 import pranam_optax
 from conftest import (
+    assert_close,
+    assert_equal,
     assert_stable,
     bumpy_gradient,
     make_params,
@@ -62,24 +64,22 @@ def test_only_the_dead_and_the_duplicates_change(trained, values):
     chex.assert_tree_all_finite((new, new_state))
     restarted = [1, 3, 4]
     for x, y in zip(*map(jax.tree.leaves, (params, new)), strict=True):
-        np.testing.assert_array_equal(x[jnp.array([0, 2, 5])], y[jnp.array([0, 2, 5])])
+        assert_equal(x[jnp.array([0, 2, 5])], y[jnp.array([0, 2, 5])])
         assert len(np.unique(np.asarray(y), axis=0)) == R
     parts, new_parts = map(per_replica_parts, (state, new_state))
     for x, y in zip(*map(jax.tree.leaves, (parts, new_parts)), strict=True):
-        np.testing.assert_array_equal(changed_rows(x, y), restarted)
+        assert_equal(changed_rows(x, y), restarted)
     # The heads and counters are as they were.
     phi, new_phi = (s[0].phi for s in (state, new_state))
-    chex.assert_trees_all_equal(new_phi._replace(table=None), phi._replace(table=None))
-    chex.assert_trees_all_equal(new_state[0].nonfinite, state[0].nonfinite)
-    chex.assert_trees_all_equal(new_state[1][0].count, state[1][0].count)
+    assert_equal(new_phi._replace(table=None), phi._replace(table=None))
+    assert_equal(new_state[0].nonfinite, state[0].nonfinite)
+    assert_equal(new_state[1][0].count, state[1][0].count)
     # The restarted replicas are rows of the embedding.
     output = PLANE.apply(new_phi)
-    chex.assert_trees_all_close(
-        rows(new, restarted), rows(output, restarted), rtol=1e-5
-    )
+    assert_close(rows(new, restarted), rows(output, restarted), 1e-5)
     # Nothing is left to restart.
     again = revive(new, new_state, 1, values=values)
-    chex.assert_trees_all_equal(again, (new, new_state))
+    assert_equal(again, (new, new_state))
 
 
 def test_the_best_lends_its_code_and_its_moments(trained):
@@ -90,10 +90,10 @@ def test_the_best_lends_its_code_and_its_moments(trained):
         spoil(params, 1, jnp.nan), state, 0, values=values, noise=0.0
     )
     parts, new_parts = map(per_replica_parts, (state, new_state))
-    chex.assert_trees_all_equal(new_parts, rows(parts, [4, 4, 2, 3, 4, 4]))
+    assert_equal(new_parts, rows(parts, [4, 4, 2, 3, 4, 4]))
     # Without noise the weights are the row of the embedding, not the replica itself.
     output = PLANE.apply(state[0].phi)
-    chex.assert_trees_all_close(rows(new, 1), rows(output, 4), rtol=1e-5, atol=1e-5)
+    assert_close(rows(new, 1), rows(output, 4), 1e-5, 1e-5)
 
 
 def test_without_losses_the_source_is_any_of_the_living(trained):
@@ -122,7 +122,7 @@ def test_the_noise_has_the_spread_of_the_living_codes(trained):
     drawn = np.asarray(codes(jax.random.split(jax.random.key(0), 4000)))
     noise = drawn[:, [1, 3]] - table[5]
     spread = table[[0, 2, 4, 5]].std(axis=0)
-    np.testing.assert_allclose(noise.std(axis=(0, 1)), 0.5 * spread, rtol=0.05)
+    assert_close(noise.std(axis=(0, 1)), 0.5 * spread, 0.05)
     assert np.all(np.abs(noise.mean(axis=(0, 1))) < 0.02 * spread)
     # Two replicas get noise of their own.
     assert abs(np.corrcoef(noise[:, 0, 0], noise[:, 1, 0])[0, 1]) < 0.05
@@ -133,7 +133,7 @@ def test_one_survivor_is_enough(trained):
     params = spoil(params, np.arange(1, R), jnp.nan)
     new, new_state = revive(params, state, 0, values=None)
     chex.assert_tree_all_finite(new)
-    chex.assert_trees_all_equal(rows(new, 0), rows(params, 0))
+    assert_equal(rows(new, 0), rows(params, 0))
     assert len(np.unique(np.asarray(new["b"]))) == R
     # The codes no longer tell a spread of the living: that of all takes its place.
     table = np.asarray(state[0].phi.table)
@@ -145,9 +145,9 @@ def test_one_survivor_is_enough(trained):
 def test_without_a_survivor_nothing_changes(trained):
     params, state = trained
     dead = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
-    chex.assert_trees_all_equal(revive(dead, state, 0, values=VALUES), (dead, state))
+    assert_equal(revive(dead, state, 0, values=VALUES), (dead, state))
     everyone = jnp.full(R, jnp.nan)
-    chex.assert_trees_all_equal(revive(params, state, 0, values=everyone), trained)
+    assert_equal(revive(params, state, 0, values=everyone), trained)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -163,7 +163,7 @@ def test_equal_to_rounding_is_a_duplicate_and_close_is_not(dtype):
         new, _ = revive(twin, state, 0, values=VALUES)
         chex.assert_trees_all_equal_dtypes(new, twin)
         restarted = changed_rows(new["w"], twin["w"])
-        np.testing.assert_array_equal(restarted, [2] if duplicate else [])
+        assert_equal(restarted, [2] if duplicate else [])
 
 
 def test_moments_with_nan_are_healed(optax_promotion):
@@ -212,7 +212,7 @@ def test_wrapped_states(make):
             assert set(changed_rows(x, y)) <= {2}
             changed += 2 in changed_rows(x, y)
         else:
-            np.testing.assert_array_equal(x, y)
+            assert_equal(x, y)
     # Both weights, the code, and the optimizer's rows.
     assert changed >= 4
 
@@ -223,10 +223,10 @@ def test_reparametrize():
     state = numbered(jax.jit(tx.init)(params))
     new, new_state = revive(spoil(params, 2, jnp.nan), state, 0, values=VALUES)
     mu, new_mu = (s.inner[0].mu for s in (state, new_state))
-    chex.assert_trees_all_equal(new_mu.table, rows(mu.table, [0, 1, 5, 3, 4, 5]))
-    chex.assert_trees_all_equal(new_mu.heads, mu.heads)
+    assert_equal(new_mu.table, rows(mu.table, [0, 1, 5, 3, 4, 5]))
+    assert_equal(new_mu.heads, mu.heads)
     output = PLANE.apply(new_state.phi)
-    chex.assert_trees_all_close(rows(new, 2), rows(output, 2), rtol=1e-5)
+    assert_close(rows(new, 2), rows(output, 2), 1e-5)
 
 
 def test_a_revived_replica_learns_like_the_others(optax_promotion):
@@ -241,7 +241,7 @@ def test_a_revived_replica_learns_like_the_others(optax_promotion):
     params = before
     for _ in range(5):
         params, state = step(params, state)
-    np.testing.assert_array_equal(state[0].nonfinite, np.zeros(R))
+    assert_equal(state[0].nonfinite, np.zeros(R))
     moved = np.abs(np.asarray(params["w"] - before["w"])).mean(axis=(1, 2))
     assert 0.2 < moved[2] / np.delete(moved, 2).mean() < 5
 
@@ -256,7 +256,7 @@ def test_donated_and_with_a_key_array(trained):
     )
     copies = jax.tree.map(lambda x: jnp.array(np.array(x)), (dead, state))
     key = jax.random.key(3)
-    chex.assert_trees_all_equal(donated(*copies, key, values=VALUES), expected)
+    assert_equal(donated(*copies, key, values=VALUES), expected)
 
 
 def test_errors_say_what_is_wrong(trained):
