@@ -71,7 +71,8 @@ def test_four_elastic_replicas_learn_more_than_one_model(optax_promotion):
         given = {"num_replicas": num_replicas, **sizes}
         seeds = range(100, 103)
         runs = [flax_mnist.train(model, data, tx, seed=seed, **given) for seed in seeds]
-        return np.mean([(run.train_loss, run.test_accuracy) for run in runs], axis=0)
+        numbers = [(run.train_loss, run.test_accuracy) for run in runs]
+        return np.mean(numbers, axis=(0, 2))  # of seeds and replicas
 
     loss_of_one, accuracy_of_one = results(1, 1e-2)
     loss, accuracy = results(4, 3e-2)
