@@ -33,6 +33,12 @@ def x64():
         yield
 
 
+def slow_unless(fast, names):
+    """For `parametrize`: all but some of the names are slow."""
+    slow = pytest.mark.slow
+    return [n if n in fast else pytest.param(n, marks=slow) for n in names]
+
+
 # Replicas, made by NumPy since each operation of JAX outside jit is compiled
 
 
@@ -43,6 +49,16 @@ def make_params(num_replicas=6, seed=0, dtype=jnp.float32):
     return {
         name: jnp.asarray(rng.normal(size=shape) + (name == "w"), dtype)
         for name, shape in shapes.items()
+    }
+
+
+def mixed_params():
+    """Four replicas with a leaf of each dtype, for `x64`."""
+    return {
+        "half": jnp.ones((4, 2), jnp.float16),
+        "brain": jnp.ones((4, 2), jnp.bfloat16),
+        "single": jnp.ones((4,), jnp.float32),
+        "double": jnp.arange(12.0, dtype=jnp.float64).reshape(4, 3, 1),
     }
 
 

@@ -14,7 +14,7 @@ from optax import contrib
 
 import conftest
 import pranam_optax
-from conftest import assert_equal, make_gradients, scaled
+from conftest import assert_equal, make_gradients, scaled, slow_unless
 
 R, NUM_STEPS = 8, 60
 
@@ -228,13 +228,7 @@ def test_every_optimizer_is_traced_once(name, link, params):
     check_types(tx, params, keywords)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in KINDS else pytest.param(name, marks=pytest.mark.slow)
-        for name in TESTED
-    ],
-)
+@pytest.mark.parametrize("name", slow_unless(KINDS, TESTED))
 def test_every_optimizer_descends_behind_pranam(name, link, params):
     tx, keywords = behind_pranam(name, link)
     values, _, state = train(tx, params, keywords)

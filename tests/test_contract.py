@@ -16,7 +16,7 @@ import pytest
 from optax.contrib import _common_test as common
 
 import pranam_optax
-from conftest import assert_close, make_params, refused, shard
+from conftest import assert_close, make_params, refused, shard, slow_unless
 
 pytestmark = pytest.mark.usefixtures("optax_promotion")
 
@@ -52,8 +52,7 @@ FACTORIES = {
     f.__name__: f for f in (pranam, reparametrize, elastic_averaging, per_replica)
 }
 every_factory = pytest.mark.parametrize("name", FACTORIES)
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-DTYPES = ["bfloat16", slow("float32")]
+DTYPES = ["bfloat16", "float32"]
 
 
 def add_replica_axis(target):
@@ -113,19 +112,24 @@ def test_inject_hyperparams(check, name):
     check("test_optimizers_can_be_wrapped_in_inject_hyperparams", name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+every_dtype = pytest.mark.parametrize("dtype", slow_unless(["bfloat16"], DTYPES))
+
+
+@every_dtype
 @every_factory
 def test_preserve_dtype(check, name, dtype):
     check("test_preserve_dtype", name, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @every_factory
 def test_gradient_accumulation(check, name, dtype):
     check("test_gradient_accumulation", name, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, slow("float16"), slow("float64")])
+@pytest.mark.parametrize(
+    "dtype", slow_unless(["bfloat16"], [*DTYPES, "float16", "float64"])
+)
 @every_factory
 def test_state_stability(check, name, dtype):
     check("test_state_shape_dtype_shard_stability", name, dtype=jnp.dtype(dtype))
