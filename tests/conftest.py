@@ -141,12 +141,12 @@ def spread(tree):
 def assert_close(actual, expected, rtol=0.0, atol=0.0):
     """Trees of numbers, in double precision."""
 
-    def compare(x, y):
-        np.testing.assert_allclose(
-            *(np.asarray(z, np.float64) for z in (x, y)), rtol, atol
-        )
+    def compare(path, *pair):
+        pair = (np.asarray(x, np.float64) for x in pair)
+        path = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(*pair, rtol, atol, err_msg=path)
 
-    jax.tree.map(compare, actual, expected)
+    jax.tree_util.tree_map_with_path(compare, actual, expected)
 
 
 def assert_equal(actual, expected):
