@@ -153,16 +153,6 @@ def test_a_robust_loss_leaves_out_an_outlier():
     assert "standard error" not in repr(result)
 
 
-@pytest.mark.parametrize("exponent", [-12, 12])
-def test_units_of_the_data_do_not_matter(fitted, exponent):
-    unit = 10.0**exponent
-    x, y = make_line()
-    result = fit_line(x, y * unit, bounds=scaled(unit, BOUNDS))
-    assert_close(result.params, scaled(unit, fitted.params), 1e-9)
-    assert_close(result.standard_errors, scaled(unit, fitted.standard_errors), 1e-6)
-    assert_close(result.chi_square, fitted.chi_square * unit**2, 1e-9)
-
-
 def test_small_and_large_data_in_single_precision(fitted):
     x, y = make_line()
     expected = jax.tree.map(float, (fitted.params, fitted.standard_errors))

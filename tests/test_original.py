@@ -15,6 +15,8 @@ from conftest import (
     assert_equal,
     make_gradients,
     make_params,
+    refused,
+    scaled,
     spoil,
 )
 from pranam_optax import original
@@ -37,7 +39,7 @@ def compiled(features, warmup, output_activation=jnp.tanh, **kwargs):
 
 
 def wide_params():
-    return jax.tree.map(lambda x: 5 * x, make_params(R))
+    return scaled(5, make_params(R))
 
 
 def test_output_equals_the_layers_written_out():
@@ -92,10 +94,10 @@ def test_fit_with_an_activation_of_the_output():
     _, output, _ = compiled((4,), "fit")(params)
     linear = pranam_optax.mlp_embedding()
     expected = linear.apply(linear.init(jax.random.key(0), params))
-    errors = [
+    error, error_of_linear = (
         np.sum((as_matrix(y) - as_matrix(params)) ** 2) for y in (output, expected)
-    ]
-    assert errors[0] < 1.02 * errors[1]
+    )
+    assert error < 1.02 * error_of_linear
 
 
 @pytest.mark.parametrize("warmup", ["fit", "rescale", "adapter"])
@@ -108,5 +110,5 @@ def test_replicas_that_are_not_finite_have_no_part_in_the_warmup(warmup):
 
 
 def test_unknown_warmup():
-    with pytest.raises(ValueError, match="warmup must be 'fit', 'rescale', 'adapter'"):
-        original.mlp_embedding((4,), warmup="warm")
+    message = "warmup must be 'fit', 'rescale', 'adapter'"
+    refused(message, original.mlp_embedding, (4,), warmup="warm")
