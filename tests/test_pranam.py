@@ -160,13 +160,6 @@ def test_projection_is_an_exact_line_search_on_the_literal_loss(x64):
 # Normalisation and coupling
 
 
-@pytest.mark.parametrize("coupling", [0.0, 1.0])
-def test_updates_have_rms_one_at_both_ends(coupling):
-    params, grads = make_both()
-    updates, _ = update(grads, params, coupling=coupling)
-    assert_close(rms(updates), 1.0, 1e-6)
-
-
 def test_without_normalisation_updates_have_the_scale_of_the_gradient():
     params, grads = make_both()
     grads = scaled(37.0, grads)
@@ -183,9 +176,10 @@ def test_no_coupling_without_normalisation_returns_the_gradient_bit_for_bit(dtyp
     assert_same_bits(updates, grads)
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e-6, 1e6, 1e18])
+@pytest.mark.parametrize("scale", [1e-25, 1e-6, 1e6, 1e18, 1e38])
 @pytest.mark.parametrize("coupling", [0.0, 0.5, 1.0])
 def test_the_scale_of_the_loss_does_not_matter(scale, coupling):
+    """Up to finite gradients whose norm is not."""
     params, grads = make_both()
     expected = update(grads, params, coupling=coupling)
     actual = update(scaled(scale, grads), params, coupling=coupling)
@@ -349,10 +343,8 @@ def test_one_replica_starts_along_its_normalised_gradient():
 
 @pytest.mark.parametrize("normalize_updates", [True, False])
 def test_zero_gradients(normalize_updates):
-    params = make_params()
-    updates, state = update(
-        scaled(0, params), params, coupling=0.5, normalize_updates=normalize_updates
-    )
+    params, given = make_params(), {"normalize_updates": normalize_updates}
+    updates, state = update(scaled(0, params), params, coupling=0.5, **given)
     chex.assert_tree_all_finite((updates, state))
     # Of the gradient nothing is left; the pull remains, in the gradient's scale.
     assert_close(rms(updates), 0.5 if normalize_updates else 0.0, 1e-5)
@@ -368,11 +360,13 @@ def test_zero_pull(coupling):
     assert_close(output, params, 1e-6, 1e-5)
 
 
-def test_zero_weights_and_gradients():
-    params = scaled(0, make_params())
+@pytest.mark.parametrize("factor", [0, jnp.nan])
+def test_no_weights_or_no_finite_replica_at_all(factor):
+    params = scaled(factor, make_params())
     updates, state = update(params, params)
     assert rms(updates) == 0.0
     chex.assert_tree_all_finite(state)
+    assert_equal(state.nonfinite, np.full(R, factor != 0))
 
 
 # Replicas that are not finite (see also test_faults)
@@ -386,27 +380,10 @@ def test_a_replica_comes_back_when_it_is_finite_again():
     assert_equal(state.nonfinite, [0, 0, 1, 0, 0, 0])
 
 
-def test_no_finite_replica_at_all():
-    params = make_params()
-    updates, state = update(scaled(jnp.nan, params), params)
-    assert rms(updates) == 0.0
-    chex.assert_tree_all_finite(state)
-    assert_equal(state.nonfinite, np.ones(R))
-
-
 @pytest.mark.parametrize("weight", [jnp.inf, jnp.nan])
 def test_nothing_has_been_left_out_at_the_start(weight):
     state = pranam_optax.pranam().init(spoil(make_params(), 2, weight))
     assert_equal(state.nonfinite, np.zeros(R))
-
-
-@pytest.mark.parametrize("huge", [1e20, 3e38])
-def test_weights_that_cannot_be_squared_are_left_out(huge):
-    params, grads = make_both()
-    _, state = update(grads, params)
-    expected = update(spoil(grads, 2, jnp.nan), params, state, coupling=0.5)
-    actual = update(grads, spoil(params, 2, huge), state, coupling=0.5)
-    assert_equal(actual, expected)
 
 
 @pytest.mark.parametrize("shape", [(), (R,)])
@@ -429,15 +406,6 @@ def test_replicas_without_a_coupling_wait(shape):
     if shape:  # the others do as if it were dead
         dead = update(spoil(grads, 2, jnp.nan), params, state, coupling=0.5)
         assert_close(updates, dead[0], 1e-5, 1e-6)
-
-
-def test_gradients_at_the_end_of_the_range():
-    """Finite ones whose norm is not."""
-    params, grads = make_both()
-    expected, _ = update(grads, params, coupling=0.5)
-    updates, state = update(scaled(3e38 / 3.0, grads), params, coupling=0.5)
-    assert_close(updates, expected, 1e-4, 1e-5)
-    assert_equal(state.nonfinite, np.zeros(R))
 
 
 # Inputs and errors (see also test_contract)
