@@ -176,26 +176,19 @@ def test_replicas_of_one_bowl_end_as_one_model():
     assert_close(average_replicas(params)["w"], [3, 4], 1e-4)  # of the four targets
 
 
-# Replicas that are left out
+# Replicas that are left out (see also test_faults)
 
 
 @pytest.mark.parametrize("embedding", [None, PLANE])
-@pytest.mark.parametrize("where", ["params", "updates"])
-def test_garbage_in_one_replica_changes_no_bit_of_another(embedding, where):
+def test_updates_that_cannot_be_squared_leave_their_replica_out(embedding):
     params, updates = make_both()
-    runs = []
-    for garbage in (np.nan, np.inf, -np.inf, 1e30):
-        trees = {"params": params, "updates": updates}
-        trees[where] = spoil(trees[where], 2, garbage)
-        init, update = programs(embedding)
-        state = init(params)
-        for _ in range(3):
-            found, state = update(trees["updates"], state, trees["params"], 0.3)
-        assert not np.any(as_matrix(found)[2])
-        assert_equal(state.nonfinite, [0, 0, 3, 0, 0, 0])
-        runs.append((found, state))
-    for run in runs[1:]:
-        assert_same_bits(run, runs[0])
+    dead, huge = (
+        pull_together(params, spoil(updates, 2, garbage), 0.3, embedding=embedding)
+        for garbage in (np.nan, 1e30)
+    )
+    assert_same_bits(huge, dead)
+    assert not np.any(as_matrix(dead[0])[2])
+    assert_equal(dead[1].nonfinite, [0, 0, 1, 0, 0, 0])
 
 
 def test_a_dead_replica_might_as_well_not_be_there():
