@@ -16,7 +16,7 @@ import pytest
 from optax.contrib import _common_test as common
 
 import pranam_optax
-from conftest import assert_close, make_params, refused, shard, slow_unless
+from conftest import assert_close, make_mesh, make_params, refused, shard
 
 pytestmark = pytest.mark.usefixtures("optax_promotion")
 
@@ -52,7 +52,6 @@ FACTORIES = {
     f.__name__: f for f in (pranam, reparametrize, elastic_averaging, per_replica)
 }
 every_factory = pytest.mark.parametrize("name", FACTORIES)
-DTYPES = ["bfloat16", "float32"]
 
 
 def add_replica_axis(target):
@@ -85,68 +84,40 @@ SETUPS = {
 }
 
 
-@pytest.fixture
-def check(monkeypatch):
-    """`check(test, name, ...)`: runs a test of Optax's on one of the factories."""
-    monkeypatch.setattr(common, "_get_opt_factory", FACTORIES.__getitem__)
-    for setup, stacked in SETUPS.items():
-        monkeypatch.setattr(common, setup, stacked)
-    case = common.ContribTest()
-
-    def run(test, name, **kwargs):
-        unwrapped = getattr(common.ContribTest, f"{test}0").__wrapped__
-        kwargs = {"opt_kwargs": {"learning_rate": 1e-2}, **kwargs}
-        none = {"wrapper_name": None, "wrapper_kwargs": None}
-        unwrapped(case, opt_name=name, **none, **kwargs)
-
-    return run
-
-
-@every_factory
-def test_extra_args(check, name):
-    check("test_optimizers_accept_extra_args", name, wrap=False)
-
-
-@every_factory
-def test_inject_hyperparams(check, name):
-    check("test_optimizers_can_be_wrapped_in_inject_hyperparams", name)
-
-
-every_dtype = pytest.mark.parametrize("dtype", slow_unless(["bfloat16"], DTYPES))
-
-
-@every_dtype
-@every_factory
-def test_preserve_dtype(check, name, dtype):
-    check("test_preserve_dtype", name, dtype=dtype)
-
-
-@every_dtype
-@every_factory
-def test_gradient_accumulation(check, name, dtype):
-    check("test_gradient_accumulation", name, dtype=dtype)
+CHECKS = [
+    ("optimizers_accept_extra_args", {"wrap": False}),
+    ("optimizers_can_be_wrapped_in_inject_hyperparams", {}),
+    ("preserve_dtype", {"dtype": "bfloat16"}),
+    ("gradient_accumulation", {"dtype": "bfloat16"}),
+    ("state_shape_dtype_shard_stability", {"dtype": jnp.dtype("bfloat16")}),
+]
+SLOW_CHECKS = [
+    ("preserve_dtype", {"dtype": "float32"}),
+    ("gradient_accumulation", {"dtype": "float32"}),
+    *(
+        ("state_shape_dtype_shard_stability", {"dtype": jnp.dtype(dtype)})
+        for dtype in ("float16", "float32", "float64")
+    ),
+    *(
+        ("optimizers", {"dtype": "float32", "target": target})
+        for target in SETUPS.values()
+    ),
+]
 
 
 @pytest.mark.parametrize(
-    "dtype", slow_unless(["bfloat16"], [*DTYPES, "float16", "float64"])
+    ("test", "kwargs"),
+    [*CHECKS, *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW_CHECKS)],
 )
 @every_factory
-def test_state_stability(check, name, dtype):
-    check("test_state_shape_dtype_shard_stability", name, dtype=jnp.dtype(dtype))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", SETUPS)
-@every_factory
-def test_map_params_and_convergence(check, name, target):
-    rates = {"pranam": 1e-3}
-    check(
-        "test_optimizers",
-        name,
-        opt_kwargs={"learning_rate": rates.get(name, 1e-2)},
-        target=SETUPS[target],
-        dtype="float32",
-    )
+def test_checks_of_optax(test, kwargs, name, monkeypatch):
+    monkeypatch.setattr(common, "_get_opt_factory", FACTORIES.__getitem__)
+    for setup, stacked in SETUPS.items():
+        monkeypatch.setattr(common, setup, stacked)
+    rate = 1e-3 if (test, name) == ("optimizers", "pranam") else 1e-2
+    given = {"opt_name": name, "opt_kwargs": {"learning_rate": rate}, **kwargs}
+    unwrapped = getattr(common.ContribTest, f"test_{test}0").__wrapped__
+    unwrapped(common.ContribTest(), wrapper_name=None, wrapper_kwargs=None, **given)
 
 
 # After Optax's tests of its own optimizers (float64_test, sharding_test)
@@ -203,7 +174,6 @@ def test_with_and_without_jit_agree(name):
 @every_factory
 def test_sharded_steps_take_the_place_of_their_input(name):
     """The state shares no buffer with the params, and all stays where it is."""
-    mesh = jax.make_mesh((R,), ("replicas",), axis_types=(jax.sharding.AxisType.Auto,))
     params, tx = make_params(R), FACTORIES[name](0.1)
     init, update = compiled(name)
     expected = params, init(params)
@@ -219,13 +189,11 @@ def test_sharded_steps_take_the_place_of_their_input(name):
         updates, state = tx.update(params, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = shard(params, mesh)
+    params = shard(params, make_mesh("Auto", R, 1))
     start = params, init(params)
     first = step(*start)
-    types, shardings = (
-        jax.eval_shape(lambda: first),
-        jax.tree.map(lambda x: x.sharding, first),
-    )
+    types = jax.eval_shape(lambda: first)
+    shardings = jax.tree.map(lambda x: x.sharding, first)
     second = step(*first)
     assert len(traces) == 1
     chex.assert_trees_all_equal_shapes_and_dtypes(types, second)
