@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -136,6 +137,12 @@ def rms(tree):
 def spread(tree):
     weights = as_matrix(tree)
     return np.sqrt(np.mean((weights - weights.mean(axis=0)) ** 2))
+
+
+def line_search(apply, phi, gradient):
+    """||g||^2 / ||J g||^2: exact on the embedding linearised at phi."""
+    slope = jax.jvp(apply, (phi,), (gradient,))[1]
+    return jnp.divide(*(optax.tree.norm(x, squared=True) for x in (gradient, slope)))
 
 
 def assert_close(actual, expected, rtol=0.0, atol=0.0):

@@ -15,6 +15,7 @@ from conftest import (
     assert_close,
     assert_equal,
     assert_same_bits,
+    line_search,
     make_both,
     make_gradients,
     make_params,
@@ -139,17 +140,13 @@ def test_projection_is_an_exact_line_search_on_the_literal_loss(x64):
     @jax.jit
     def equations(phi):
         def loss(phi):
-            residual = jax.tree.map(
-                lambda y, t: y - jax.lax.stop_gradient(t), TANH.apply(phi), target
-            )
+            residual = optax.tree.sub(TANH.apply(phi), jax.lax.stop_gradient(target))
             return 0.5 * optax.tree.norm(residual, squared=True)
 
         gradient = jax.grad(loss)(phi)
-        slope = jax.jvp(TANH.apply, (phi,), (gradient,))[1]
-        alpha = optax.tree.norm(gradient, squared=True)
-        alpha /= optax.tree.norm(slope, squared=True)
+        alpha = line_search(TANH.apply, phi, gradient)
         phi = jax.tree.map(lambda p, g: p - alpha * g, phi, gradient)
-        return phi, jax.tree.map(jnp.subtract, params, TANH.apply(phi))
+        return phi, optax.tree.sub(params, TANH.apply(phi))
 
     phi, pull = equations(drawn)
     assert_close(state.phi, phi, 1e-8, 1e-10)

@@ -12,6 +12,7 @@ from conftest import (
     assert_close,
     assert_equal,
     bumpy_gradient,
+    line_search,
     make_gradients,
     make_params,
     mixed_params,
@@ -68,9 +69,8 @@ def test_steps_equal_the_equations(optax_promotion):
     def equations(grads, phi, inner):
         def loss(phi):
             f = embedding.apply(phi)
-            target = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, f, grads))
-            residual = jax.tree.map(jnp.subtract, f, target)
-            return 0.5 * optax.tree.norm(residual, squared=True)
+            target = jax.lax.stop_gradient(optax.tree.sub(f, grads))
+            return 0.5 * optax.tree.norm(optax.tree.sub(f, target), squared=True)
 
         steps, inner = optimizer.update(jax.grad(loss)(phi), inner, phi)
         phi = optax.apply_updates(phi, steps)
@@ -102,15 +102,10 @@ def test_a_step_agrees_with_that_of_pranam(x64):
     @jax.jit
     def steps(factor):
         (gradient,) = jax.vjp(embedding.apply, phi)[1](grads)
-        slope = jax.jvp(embedding.apply, (phi,), (gradient,))[1]
-        alpha = optax.tree.norm(gradient, squared=True)
-        alpha /= optax.tree.norm(slope, squared=True)
+        alpha = line_search(embedding.apply, phi, gradient)
         theirs = pranam_optax.pranam(embedding, step_size=2.0, normalize_updates=False)
         ours = pranam_optax.reparametrize(optax.sgd(alpha * factor), embedding)
-        return (
-            theirs.update(grads, theirs.init(params), params),
-            ours.update(grads, ours.init(params), params),
-        )
+        return [tx.update(grads, tx.init(params), params) for tx in (theirs, ours)]
 
     factor = 2.0 * spread(params) / rms(grads)
     (pull, their_state), (updates, our_state) = steps(factor)
