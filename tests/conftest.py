@@ -99,28 +99,6 @@ def without(tree, replica):
     return jax.tree.map(lambda x: jnp.asarray(np.delete(x, replica, axis=0)), tree)
 
 
-def make_run(tx, num_steps, rate=0.1):
-    """A compiled run of SGD behind a link on `bumpy_gradient`: final params and state.
-
-    Compiled once for all params of the same shapes.
-    """
-
-    @jax.jit
-    def run(params):
-        def step(carry, _):
-            params, state = carry
-            updates, state = tx.update(bumpy_gradient(params), state, params)
-            params = jax.tree.map(
-                lambda w, u: w - (rate * u).astype(w.dtype), params, updates
-            )
-            return (params, state), None
-
-        carry, _ = jax.lax.scan(step, (params, tx.init(params)), None, num_steps)
-        return carry
-
-    return run
-
-
 # Numbers
 
 

@@ -20,7 +20,6 @@ from conftest import (
     assert_stable,
     make_both,
     make_gradients,
-    make_mesh,
     make_params,
     refused,
     scaled,
@@ -319,10 +318,3 @@ def test_metrics_tell_whether_replicas_share_a_basin():
 )
 def test_weights_that_make_no_sense(weights, message):
     refused(message, average_replicas, make_params(), weights)
-
-
-@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
-def test_the_average_of_sharded_replicas(axis_type):
-    params = make_params(8)
-    found = average_replicas(shard(params, make_mesh(axis_type), "model"))
-    assert_close(found, average_replicas(params), 1e-5)

@@ -112,14 +112,6 @@ def test_equals_separate_runs(name, params, optax_promotion):
     assert_equal(rows(spoiled, 1), rows(result, 1))
 
 
-def test_a_global_norm_computed_by_hand():
-    grads = {"w": jnp.array([[3.0], [0.3]]), "b": jnp.array([4.0, 0.4])}
-    tx = pranam_optax.per_replica(optax.clip_by_global_norm(1.0))
-    updates, _ = tx.update(grads, tx.init(grads))
-    assert_close(updates["w"], [[0.6], [0.3]], 1e-6)
-    assert_close(updates["b"], [0.8, 0.4], 1e-6)
-
-
 def test_only_the_replica_that_is_not_finite_waits(params, optax_promotion):
     tx = pranam_optax.per_replica(optax.apply_if_finite(optax.sgd(0.1), 5))
     grads = jax.tree.map(lambda x: x.at[1].set(jnp.inf), params)

@@ -8,17 +8,7 @@ import optax
 import pytest
 
 import pranam_optax
-from conftest import (
-    assert_close,
-    assert_equal,
-    assert_stable,
-    make_mesh,
-    make_params,
-    refused,
-    rows,
-    shard,
-    spoil,
-)
+from conftest import assert_close, assert_equal, make_params, refused, rows, spoil
 
 R = 6
 VALUES = jnp.array([5.0, 1.0, 3.0, 0.0, 4.0, 2.0])  # best first: 3, 1, 5, 2, 4, 0
@@ -96,15 +86,6 @@ def test_values_may_be_a_list():
     params = make_params()
     found = pranam_optax.resample_replicas(params, (), VALUES.tolist())
     assert_close(found, resample(params, (), VALUES), 1e-6)
-
-
-def test_sharded_replicas_resample_as_others_do():  # see also test_sharding
-    params = make_params()
-    expected = resample(params, optax.EmaState(0, params), VALUES)
-    sharded = shard(params, make_mesh("Auto"))
-    new = resample(sharded, optax.EmaState(0, sharded), VALUES)
-    assert_stable(sharded, new[0])
-    assert_close(new, expected, 1e-6)
 
 
 def test_errors_say_what_was_expected():

@@ -121,7 +121,7 @@ def test_gradients_that_lie_elsewhere(axis_type):
         refused(message, jax.eval_shape, PRANAM.update, grads, state, params)
 
 
-# Explicit axes, which are the default of `jax.make_mesh`: all public functions
+# All public functions, mostly on explicit axes, the default of `jax.make_mesh`
 
 
 def ladder():
@@ -167,14 +167,13 @@ CASES = {
     ),
     "reparametrize": first_update(
         pranam_optax.reparametrize(optax.polyak_sgd()),
-        value=2.0,
-        value_fn=jnp.sum,
-        other=[1, True],
+        **{"value": 2.0, "value_fn": jnp.sum, "other": [1, True]},
     ),
     "elastic_averaging": first_update(pranam_optax.elastic_averaging(0.1)),
     "revive": revive,
     "resample": resample,
     "split batch": split_batch,
+    "average": lambda params, grads: pranam_optax.average_replicas(params),
     "best": lambda params, grads: pranam_optax.best_replica(params, -ladder()),
     "select": lambda params, grads: [
         pranam_optax.select_replica(params, index) for index in (-2, jnp.array(3))
@@ -185,16 +184,22 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_explicit_axes(name, optax_promotion):
-    mesh, arguments = make_mesh(), make_both(R)
+AUTO = [("average", "Auto"), ("resample", "Auto")]
+TOLERANCES = {"average": (1e-5,), "resample": (1e-6,)}
+
+
+@pytest.mark.parametrize(
+    ("name", "axis_type"), [*AUTO, *((name, "Explicit") for name in CASES)]
+)
+def test_public_functions(name, axis_type, optax_promotion):
+    mesh, arguments = make_mesh(axis_type), make_both(R)
     expected = jax.jit(CASES[name])(*arguments)
     sharded = shard(arguments, mesh, "model")
     results = [jax.jit(CASES[name])(*sharded)]
     with jax.set_mesh(mesh):
         results.append(CASES[name](*sharded))
     for result in results:
-        assert_close(result, expected, 1e-3, 1e-4)
+        assert_close(result, expected, *TOLERANCES.get(name, (1e-3, 1e-4)))
         for path, x in jax.tree_util.tree_leaves_with_path(result):
             shape = x.sharding.shard_shape(x.shape)
             if x.shape[:1] == (R,):
