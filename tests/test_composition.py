@@ -402,7 +402,7 @@ def test_the_rate_falls_for_the_replica_on_a_plateau(params, grads):
     expected, _ = run_updates(small_pranam(), params, *[grads] * 3)
     scales = np.ones(R)
     for actual, link in zip(updates, expected, strict=True):
-        scaled_link = jax.tree.map(lambda u: (scales * u.T).T, link)
+        scaled_link = jax.tree.map(lambda u: (scales * np.asarray(u).T).T, link)
         conftest.assert_close(actual, scaled_link, 1e-5)
         scales[0] /= 2
     assert_equal(optax.tree.get(state, "scale"), [0.25] + [1] * 7)
