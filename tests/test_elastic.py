@@ -269,7 +269,8 @@ def test_arguments_that_make_no_sense(message, arguments):
 
 
 def test_errors():
-    refused("embedding must be an Embed", elastic_averaging, 0.1, 4, error=TypeError)
+    message = "embedding must be an Embedding"
+    refused(message, elastic_averaging, embedding=4, error=TypeError)
     params, tx = make_params(), elastic_averaging(np.full(3, 0.1))
     message = r"strength has shape \(3,\), expected"
     refused(message, tx.update, params, tx.init(params), params)

@@ -42,9 +42,12 @@ def scaled_camel(p, unit=1.0):
     return unit * camel(p)
 
 
+minimize_camel = functools.partial(minimize, scaled_camel, None, bounds=BOUNDS)
+
+
 @pytest.fixture(scope="module")
 def found():
-    return minimize(scaled_camel, None, bounds=BOUNDS, **SMALL)
+    return minimize_camel(**SMALL)
 
 
 @pytest.fixture
@@ -148,9 +151,7 @@ def test_callback_sees_every_chunk_and_may_stop(found):
         return progress.step >= 20 and len(seen) >= 10 and stop
 
     stop = False
-    run = functools.partial(
-        minimize, scaled_camel, None, bounds=BOUNDS, callback=callback, **UNPOLISHED
-    )
+    run = functools.partial(minimize_camel, callback=callback, **UNPOLISHED)
     whole = run(progress=True)
     assert [step for step, _ in seen] == list(range(2, 41, 2))
     values = [value for _, value in seen]
@@ -437,7 +438,7 @@ def test_plot_shows_curves_and_minima():
 # What is refused
 
 
-ONE = {"x": 1.0, "y": 1.0}
+ONE, X = {"x": 1.0, "y": 1.0}, r"bounds\['x'\]"
 
 
 def x_in(low, high):
@@ -447,10 +448,10 @@ def x_in(low, high):
 @pytest.mark.parametrize(
     ("init", "bounds", "message"),
     [
-        (ONE, x_in(3, -3), r"bounds\['x'\] is reversed.* low = 3 "),
+        (ONE, x_in(3, -3), rf"{X} is reversed.* low = 3 "),
         (ONE, {"x": (-3, 3)}, "one pair .* for each leaf"),
         (ONE, {"x": (-3, 3), "y": 2}, r"bounds\['y'\] must be a pair"),
-        (ONE, x_in(-3, np.ones(2)), r"bounds\['x'\] has a side of shape \(2,\)"),
+        (ONE, x_in(-3, np.ones(2)), rf"{X} has a side of shape \(2,\)"),
         (ONE | {"y": 7.0}, BOUNDS, r"init\['y'\] .* outside its bounds in 1 of 1 .* 7"),
         (None, None, "pass init, or bounds"),
         (None, x_in(-3, INF), "without init, bounds must be finite"),
@@ -461,12 +462,16 @@ def x_in(low, high):
             [(0, 1), (2, 5)],
             r"bounds has a side .* \(0, 1\), .* \(low_array, high_array\)",
         ),
-        (jnp.ones(3), [(0, 2)] * 3, r"must be a pair .* one pair for the whole leaf"),
-        (ONE, x_in(0, None), r"bounds\['x'\] has a side .* None, .* jnp.inf for no"),
-        (None, x_in(None, 1), r"bounds\['x'\] has a side .* None, .* jnp.inf for no"),
-        (ONE, x_in(0, 1e300), r"\['x'\] goes beyond the largest float32 .* jnp.inf"),
-        (None, x_in(-3e38, 3e38), r"bounds\['x'\] is wider than the largest float32"),
-        (None, x_in(1, 1 + 1e-12), r"\['x'\] has sides that float32 cannot tell apart"),
+        (
+            jnp.ones(3),
+            [(0, 2)] * 3,
+            "bounds must be a pair .* one pair for the whole leaf",
+        ),
+        (ONE, x_in(0, None), rf"{X} has a side .* None, .* jnp.inf for no bound"),
+        (None, x_in(None, 1), rf"{X} has a side .* None, .* jnp.inf for no bound"),
+        (ONE, x_in(0, 1e300), rf"{X} goes beyond the largest float32 .* use jnp.inf"),
+        (None, x_in(-3e38, 3e38), rf"{X} is wider than the largest float32"),
+        (None, x_in(1, 1 + 1e-12), rf"{X} has sides that float32 cannot tell apart"),
     ],
 )
 def test_bad_starts_and_bounds(init, bounds, message):
@@ -478,25 +483,32 @@ def draw_nan(key):
     return {"x": jnp.where(x > 1.5, jnp.nan, x)}
 
 
+def draw_above(key):
+    return 5 + jax.random.uniform(key)
+
+
+def squares(p):
+    return jnp.sum(p["x"] ** 2)
+
+
+K = r"init\(key\)"
+TWO, INFINITE = jnp.ones(2), {"x": jnp.array([1.0, INF])}
+
+
 @pytest.mark.parametrize(
     ("fun", "init", "bounds", "message"),
     [
-        (lambda p: p, jnp.ones(2), None, r"must return a scalar, .* shape \(2,\)"),
-        (jnp.argmax, jnp.ones(2), None, r"must return a real float, .* int32"),
-        (jnp.sum, {"x": jnp.array([1.0, INF])}, None, r"init\['x'\] .* in 1 of 2 ent"),
+        (lambda p: p, TWO, None, r"must return a scalar, .* shape \(2,\)"),
+        (jnp.argmax, TWO, None, r"must return a real float, .* int32"),
+        (jnp.sum, INFINITE, None, r"init\['x'\] .* in 1 of 2 entries"),
         (
-            lambda p: jnp.sum(p["x"] ** 2),
+            squares,
             draw_nan,
             None,
-            r"init\(key\)\['x'\] .* is NaN or infinite in \d of 24 entries",
+            rf"{K}\['x'\] .* NaN or infinite in \d of 24 entries",
         ),
-        (jnp.log, None, (-2.0, -1.0), r"any of the 8 random starts: .* nan at -"),
-        (
-            jnp.square,
-            lambda key: 5 + jax.random.uniform(key),
-            (0.0, 1.0),
-            r"init\(key\) .* outside its bounds in 8 of",
-        ),
+        (jnp.square, draw_above, (0.0, 1.0), rf"{K} .* outside its bounds in 8 of"),
+        (jnp.log, None, (-2.0, -1.0), "any of the 8 random starts: .* nan at -"),
     ],
 )
 def test_bad_functions_and_random_starts(fun, init, bounds, message):
@@ -515,7 +527,7 @@ def test_bad_functions_and_random_starts(fun, init, bounds, message):
     ],
 )
 def test_bad_options(options, message):
-    refused(message, minimize, camel, None, bounds=BOUNDS, **options)
+    refused(message, minimize_camel, **options)
 
 
 def test_integers_are_no_params():
@@ -532,11 +544,9 @@ def test_numbers_of_steps_may_come_from_numpy():
 
 
 def test_callback_needs_concrete_values():
-    def run(key):
-        return minimize(camel, None, bounds=BOUNDS, key=key, callback=print, **SMALL)
-
     message = "callback and progress cannot be used under"
-    refused(message, jax.eval_shape, run, jax.random.key(0))
+    run = functools.partial(minimize_camel, callback=print, **SMALL)
+    refused(message, jax.eval_shape, lambda key: run(key=key), jax.random.key(0))
 
 
 def test_the_optimizer_and_the_coupling_can_be_chosen():

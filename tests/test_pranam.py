@@ -423,17 +423,21 @@ def test_inject_hyperparams():
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("coupling", [1.5, -0.1, np.nan, [0.5, 2.0], [[0.5]], "a"])
-def test_couplings_out_of_range(coupling):
-    message = r"coupling must be a number in \[0, 1\]"
-    message += ".* got 'a'" if coupling == "a" else ""
-    refused(message, pranam_optax.pranam, coupling=coupling)
+COUPLING = r"coupling must be a number in \[0, 1\]"
+STEP_SIZE = "step_size must be a number >= 0"
 
 
-@pytest.mark.parametrize("step_size", [-1.0, np.nan, np.inf, [1.0], "4"])
-def test_step_sizes_out_of_range(step_size):
-    message = "step_size must be a number >= 0" + ".* got '4'" * (step_size == "4")
-    refused(message, pranam_optax.pranam, step_size=step_size)
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        *(("coupling", x, COUPLING) for x in (1.5, -0.1, np.nan, [0.5, 2.0], [[0.5]])),
+        ("coupling", "a", COUPLING + ".* got 'a'"),
+        *(("step_size", x, STEP_SIZE) for x in (-1.0, np.nan, np.inf, [1.0])),
+        ("step_size", "4", STEP_SIZE + ".* got '4'"),
+    ],
+)
+def test_arguments_out_of_range(name, value, message):
+    refused(message, pranam_optax.pranam, **{name: value})
 
 
 @pytest.mark.parametrize("given", [0.5, optax.linear_schedule(1.0, 0.0, 9)])
