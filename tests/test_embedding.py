@@ -37,9 +37,6 @@ def start(params, *args, seed=0, **kwargs):
     return start_of(mlp_embedding(*args, **kwargs), params, seed)
 
 
-# The network
-
-
 def test_output_equals_the_layers_written_out():
     params = make_params()
     embedding = mlp_embedding((3, 5, 2), activation=(jnp.tanh, jnp.sin))
@@ -77,9 +74,6 @@ def test_mixed_dtypes(x64):
         assert {k: x.dtype for k, x in output.items()} == expected
         assert {k: x.dtype for k, x in phi.bias.items()} == expected
         assert phi.table.dtype == jnp.float64
-
-
-# The fit
 
 
 @pytest.mark.parametrize(("width", "use_bias"), [(1, True), (4, False), (7, True)])
@@ -163,9 +157,6 @@ def test_replicas_that_are_not_finite_have_no_part_in_the_fit(embedding):
     if embedding is not TANH:
         _, rest = start_of(embedding, without(params, 5))
         assert_close(without(output, 5), rest, 1e-6, 1e-5)
-
-
-# Errors
 
 
 @pytest.mark.parametrize("activation", [[], [jnp.tanh], [jnp.tanh] * 3])

@@ -206,9 +206,6 @@ def test_results_of_a_model_that_cannot_be_pickled_say_so(fitted):
     refused(message, pickle.dumps, result, error=TypeError)
 
 
-# The result
-
-
 def test_fit_result_exports(fitted):
     exported = fitted.to_dict()
     assert exported["degrees_of_freedom"] == 10

@@ -492,6 +492,7 @@ def squares(p):
 
 
 K = r"init\(key\)"
+NAN_STARTS = rf"{K}\['x'\] .* is NaN or infinite in \d of 24 entries"
 TWO, INFINITE = jnp.ones(2), {"x": jnp.array([1.0, INF])}
 
 
@@ -501,12 +502,7 @@ TWO, INFINITE = jnp.ones(2), {"x": jnp.array([1.0, INF])}
         (lambda p: p, TWO, None, r"must return a scalar, .* shape \(2,\)"),
         (jnp.argmax, TWO, None, r"must return a real float, .* int32"),
         (jnp.sum, INFINITE, None, r"init\['x'\] .* in 1 of 2 entries"),
-        (
-            squares,
-            draw_nan,
-            None,
-            rf"{K}\['x'\] .* NaN or infinite in \d of 24 entries",
-        ),
+        (squares, draw_nan, None, NAN_STARTS),
         (jnp.square, draw_above, (0.0, 1.0), rf"{K} .* outside its bounds in 8 of"),
         (jnp.log, None, (-2.0, -1.0), "any of the 8 random starts: .* nan at -"),
     ],

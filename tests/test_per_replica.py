@@ -135,9 +135,6 @@ def test_one_learning_rate_for_each_replica(params, optax_promotion):
     assert_equal(state.hyperparams["learning_rate"], rates)
 
 
-# Keywords
-
-
 def test_what_each_replica_sees_of_the_keywords():
     seen = {}
 
@@ -218,9 +215,6 @@ def test_errors(params):
     raises(r"state\[0\]\.count has shape \(3,\), but", fewer, state, fewer)
     of_one = optax.adam(0.1).init(params)
     raises(r"state\[0\]\.count has shape \(\), but", params, of_one, params)
-
-
-# State and devices
 
 
 def test_a_new_state_keeps_signed_zeros_and_other_types():

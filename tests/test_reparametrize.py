@@ -139,9 +139,6 @@ def test_a_replica_comes_back_when_it_is_finite_again():  # see also test_faults
     assert_equal(state.nonfinite, [0, 0, 1, 0, 0, 0])
 
 
-# Inputs
-
-
 def test_keywords_are_forwarded_and_unknown_ones_tolerated(optax_promotion):
     params = make_params()
     grads = bumpy_gradient(params)
