@@ -1,5 +1,9 @@
 """Strict settings, so that what passes here passes under any user's; shared helpers."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,7 +163,7 @@ def assert_stable(old, new):
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
-# Devices
+# Devices and programs
 
 
 def make_mesh(axis_type="Explicit", size=2, model_size=2):
@@ -177,3 +181,16 @@ def shard(tree, mesh, model_axis=None):
         return jax.device_put(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree)
+
+
+def start_example(name, *arguments, **environment):
+    """An example as a program."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, root / "examples" / f"{name}.py", *arguments]
+    return subprocess.Popen(
+        [str(x) for x in command],
+        env={**environment, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

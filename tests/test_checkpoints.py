@@ -4,10 +4,7 @@ import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import checkpointing
 import jax
@@ -19,9 +16,8 @@ import pytest
 from flax import serialization
 
 import pranam_optax
-from conftest import assert_same_bits, assert_stable, make_params, shard
+from conftest import assert_same_bits, assert_stable, make_params, shard, start_example
 
-ROOT = Path(__file__).parents[1]
 NUM_STEPS, SAVE_EVERY = 60, 4
 STATES = {
     "pranam": pranam_optax.pranam(),
@@ -148,24 +144,17 @@ def start(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
     def start(directory, num_devices=1):
-        return subprocess.Popen(
-            [
-                sys.executable,
-                ROOT / "examples" / "checkpointing.py",
-                f"--directory={directory}",
-                f"--steps={NUM_STEPS}",
-                f"--save-every={SAVE_EVERY}",
-            ],
-            env={
+        return start_example(
+            "checkpointing",
+            f"--directory={directory}",
+            f"--steps={NUM_STEPS}",
+            f"--save-every={SAVE_EVERY}",
+            **{
                 "JAX_COMPILATION_CACHE_DIR": str(cache),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
                 **os.environ,
-                "PYTHONPATH": str(ROOT),
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
             },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
 
     return start

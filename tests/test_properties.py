@@ -116,7 +116,7 @@ def embedding_of(case):
     )
 
 
-def lanes(case_name, link, update):
+def lanes(link, update):
     """One update in four lanes: as it is, permuted, scaled, uncoupled."""
 
     def program(params, grads, order, scale, coupling):
@@ -152,7 +152,7 @@ def pranam_program(case_name):
         raw, _ = link(coupling, False).update(grads, state, params)
         return normalized, raw, state_after
 
-    return lanes(case_name, link, update)
+    return lanes(link, update)
 
 
 @functools.cache
@@ -165,7 +165,7 @@ def reparametrize_program(case_name):
         updates, state_after = tx.update(grads, state, params)
         return updates, state_after.phi, embedding.apply(state_after.phi)
 
-    return lanes(case_name, lambda coupling: tx, update)
+    return lanes(lambda coupling: tx, update)
 
 
 @st.composite
