@@ -1,8 +1,13 @@
 """Strict settings, so that what passes here passes under any user's; shared helpers."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -33,6 +38,12 @@ def x64():
         yield
 
 
+def slow_unless(fast, names):
+    """For `parametrize`: all but some of the names are slow."""
+    slow = pytest.mark.slow
+    return [n if n in fast else pytest.param(n, marks=slow) for n in names]
+
+
 # Replicas, made by NumPy since each operation of JAX outside jit is compiled
 
 
@@ -46,10 +57,26 @@ def make_params(num_replicas=6, seed=0, dtype=jnp.float32):
     }
 
 
+def mixed_params():
+    """Four replicas with a leaf of each dtype, for `x64`."""
+    return {
+        "half": jnp.ones((4, 2), jnp.float16),
+        "brain": jnp.ones((4, 2), jnp.bfloat16),
+        "single": jnp.ones((4,), jnp.float32),
+        "double": jnp.arange(12.0, dtype=jnp.float64).reshape(4, 3, 1),
+    }
+
+
 def make_gradients(tree, seed=1):
     """Normal numbers of these shapes and dtypes."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
+
+
+def make_both(num_replicas=6, seed=0, dtype=jnp.float32):
+    """Params and gradients."""
+    params = make_params(num_replicas, seed, dtype)
+    return params, make_gradients(params, seed + 1)
 
 
 def bumpy_gradient(params):
@@ -64,34 +91,16 @@ def spoil(tree, replica, value):
     return {**tree, "w": jnp.asarray(w)}
 
 
+def scaled(factor, tree):
+    return jax.tree.map(lambda x: factor * x, tree)
+
+
 def rows(tree, index):
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[index]), tree)
 
 
 def without(tree, replica):
     return jax.tree.map(lambda x: jnp.asarray(np.delete(x, replica, axis=0)), tree)
-
-
-def make_run(tx, num_steps, rate=0.1):
-    """A compiled run of SGD behind a link on `bumpy_gradient`: final params and state.
-
-    Compiled once for all params of the same shapes.
-    """
-
-    @jax.jit
-    def run(params):
-        def step(carry, _):
-            params, state = carry
-            updates, state = tx.update(bumpy_gradient(params), state, params)
-            params = jax.tree.map(
-                lambda w, u: w - (rate * u).astype(w.dtype), params, updates
-            )
-            return (params, state), None
-
-        carry, _ = jax.lax.scan(step, (params, tx.init(params)), None, num_steps)
-        return carry
-
-    return run
 
 
 # Numbers
@@ -112,6 +121,34 @@ def spread(tree):
     return np.sqrt(np.mean((weights - weights.mean(axis=0)) ** 2))
 
 
+def line_search(apply, phi, gradient):
+    """||g||^2 / ||J g||^2: exact on the embedding linearised at phi."""
+    slope = jax.jvp(apply, (phi,), (gradient,))[1]
+    return jnp.divide(*(optax.tree.norm(x, squared=True) for x in (gradient, slope)))
+
+
+def assert_close(actual, expected, rtol=0.0, atol=0.0):
+    """Trees of numbers, in double precision."""
+
+    def compare(path, *pair):
+        pair = (np.asarray(x, np.float64) for x in pair)
+        path = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(*pair, rtol, atol, err_msg=path)
+
+    jax.tree_util.tree_map_with_path(compare, actual, expected)
+
+
+def assert_equal(actual, expected):
+    """Trees of numbers; NaN equals NaN, and zero equals minus zero."""
+    assert_close(actual, expected)
+
+
+def refused(match, fun, *args, error=ValueError, **kwargs):
+    """A call ends with an error whose message matches."""
+    with pytest.raises(error, match=match):
+        fun(*args, **kwargs)
+
+
 def assert_same_bits(actual, expected):
     """Signed zeros and NaN too."""
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -126,7 +163,13 @@ def assert_stable(old, new):
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
-# Devices
+# Devices and programs
+
+
+def make_mesh(axis_type="Explicit", size=2, model_size=2):
+    """Axes for the replicas and for what is in one of them."""
+    types = (jax.sharding.AxisType[axis_type],) * 2
+    return jax.make_mesh((size, model_size), ("replicas", "model"), axis_types=types)
 
 
 def shard(tree, mesh, model_axis=None):
@@ -138,3 +181,16 @@ def shard(tree, mesh, model_axis=None):
         return jax.device_put(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree)
+
+
+def start_example(name, *arguments, **environment):
+    """An example as a program."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, root / "examples" / f"{name}.py", *arguments]
+    return subprocess.Popen(
+        [str(x) for x in command],
+        env={**environment, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

@@ -1,5 +1,6 @@
 """`pranam` before every optimizer of Optax, and inside and outside its wrappers."""
 
+import functools
 import inspect
 import warnings
 
@@ -11,8 +12,9 @@ import optax
 import pytest
 from optax import contrib
 
+import conftest
 import pranam_optax
-from conftest import make_gradients
+from conftest import assert_equal, make_gradients, scaled, slow_unless
 
 R, NUM_STEPS = 8, 60
 
@@ -34,13 +36,9 @@ grad_fn = pranam_optax.replica_value_and_grad(loss)
 
 @pytest.fixture(scope="module")
 def params():
-    drawn = make_gradients(
-        {
-            "w": jax.ShapeDtypeStruct((R, 2, 3), jnp.float32),
-            "b": jax.ShapeDtypeStruct((R, 3), jnp.float32),
-        }
-    )
-    return scaled(2.0, drawn)
+    shapes = {"w": (R, 2, 3), "b": (R, 3)}
+    drawn = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    return scaled(2.0, make_gradients(drawn))
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +66,6 @@ def make_step(tx, keywords):
     return step
 
 
-def check_types(tx, params, keywords):
-    """A step leaves all types as they were, so that it is traced and compiled once."""
-    step = make_step(tx, keywords)
-
-    def old_and_new(params):
-        state = tx.init(params)
-        return (params, state), step(params, state)[:2]
-
-    old, new = jax.eval_shape(old_and_new, params)
-    assert jax.tree.structure(old) == jax.tree.structure(new)
-    for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
-        assert (x.shape, x.dtype, x.weak_type) == (y.shape, y.dtype, y.weak_type)
-
-
 def train(tx, params, keywords, num_steps=NUM_STEPS):
     """Losses of all replicas before each step, and the last params and state."""
     step = make_step(tx, keywords)
@@ -101,19 +85,17 @@ def train(tx, params, keywords, num_steps=NUM_STEPS):
 # Every optimizer
 
 
+MARKS = {"learning_rate", "max_learning_rate", "base_optimizer", "adv_optimizer"}
+
+
 def optimizers():
     """All that Optax exports and that has a learning rate or wraps an optimizer."""
     found = {}
     for module in (optax, contrib):
         for name, factory in inspect.getmembers(module, inspect.isfunction):
             arguments = inspect.signature(factory).parameters
-            links = name.startswith(("_", "scale_by_"))
-            if not links and {
-                "learning_rate",
-                "max_learning_rate",
-                "base_optimizer",
-                "adv_optimizer",
-            } & set(arguments):
+            link = name.startswith(("_", "scale_by_"))
+            if not link and not MARKS.isdisjoint(arguments):
                 found[name] = factory
     return found
 
@@ -142,71 +124,49 @@ ARGUMENTS = {
 }
 
 
-# What needs more than `chain(pranam(), optimizer)`: (link, transformation, keywords).
+# What needs more than `chain(pranam(), optimizer)`: the transformation, and keywords
+# of update as functions of the params, the losses and the gradients.
 
 
-def losses(params, values, grads):
-    return values
+LOSSES = {"values": lambda params, values, grads: values}
+LINE_SEARCH = LOSSES | {
+    "grad": lambda params, values, grads: grads,
+    "value_fn": lambda params, values, grads: loss,
+}
 
 
-def replica_gradients(params, values, grads):
-    return grads
-
-
-def loss_of_one(params, values, grads):
-    return loss
-
-
-def loss_of_all(params, values, grads):
-    return total_loss
-
-
-def gradient_of_all(params, values, grads):
-    return lambda params, step: grad_fn(params)[1]
-
-
-def lbfgs(link):
-    tx = optax.chain(link(), pranam_optax.per_replica(optax.lbfgs()))
-    return tx, {"values": losses, "grad": replica_gradients, "value_fn": loss_of_one}
-
-
-def in_units_of_the_loss(factory, **kwargs):
+def in_units_of_the_loss(optimizer):
     def recipe(link):
-        tail = pranam_optax.per_replica(factory(**kwargs))
-        return optax.chain(link(normalize_updates=False), tail), {"values": losses}
+        tail = pranam_optax.per_replica(optimizer)
+        return optax.chain(link(normalize_updates=False), tail), LOSSES
 
     return recipe
 
 
-def mechanize(link):
-    return contrib.mechanize(optax.chain(link(), optax.sgd(1.0))), {}
+def around_sgd(wrap, rate):
+    return lambda link: (wrap(optax.chain(link(), optax.sgd(rate))), {})
 
 
 def sam(link):
     climb = optax.chain(contrib.normalize(), optax.sgd(0.05))
     descend = optax.chain(link(), optax.adam(0.1))
-    climb = pranam_optax.per_replica(climb)
-    return contrib.sam(descend, climb, opaque_mode=True), {"grad_fn": gradient_of_all}
+    tx = contrib.sam(descend, pranam_optax.per_replica(climb), opaque_mode=True)
+    return tx, {"grad_fn": lambda *_: lambda params, step: grad_fn(params)[1]}
 
 
-def schedule_free(link):
-    descend = optax.chain(link(), optax.sgd(0.1))
-    return contrib.schedule_free(descend, learning_rate=0.1), {}
-
-
-def sophia(link):
-    return optax.chain(link(), contrib.sophia(0.1)), {"obj_fn": loss_of_all}
-
-
+LBFGS, SGD = pranam_optax.per_replica(optax.lbfgs()), optax.sgd(0.1)
 RECIPES = {
-    "lbfgs": lbfgs,
-    "mechanize": mechanize,
-    "momo": in_units_of_the_loss(contrib.momo),
-    "momo_adam": in_units_of_the_loss(contrib.momo_adam, learning_rate=0.1),
-    "polyak_sgd": in_units_of_the_loss(optax.polyak_sgd),
+    "lbfgs": lambda link: (optax.chain(link(), LBFGS), LINE_SEARCH),
+    "mechanize": around_sgd(contrib.mechanize, 1.0),
+    "momo": in_units_of_the_loss(contrib.momo()),
+    "momo_adam": in_units_of_the_loss(contrib.momo_adam(learning_rate=0.1)),
+    "polyak_sgd": in_units_of_the_loss(optax.polyak_sgd()),
     "sam": sam,
-    "schedule_free": schedule_free,
-    "sophia": sophia,
+    "schedule_free": around_sgd(lambda tx: contrib.schedule_free(tx, 0.1), 0.1),
+    "sophia": lambda link: (
+        optax.chain(link(), contrib.sophia(0.1)),
+        {"obj_fn": lambda *_: total_loss},
+    ),
 }
 
 
@@ -232,24 +192,27 @@ def behind_pranam(name, link):
     return optax.chain(link(), make_optimizer(name)), {}
 
 
+TESTED = [name for name in OPTIMIZERS if name not in EXEMPTED]
 # One of each kind; the others are compiled in the slow tests.
 KINDS = ["adam", "momo", "muon", "sam"]
 
 
-@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n not in EXEMPTED])
+@pytest.mark.parametrize("name", TESTED)
 def test_every_optimizer_is_traced_once(name, link, params):
+    """A step leaves all types as they were."""
     tx, keywords = behind_pranam(name, link)
-    check_types(tx, params, keywords)
+
+    def old_and_new(params):
+        start = params, tx.init(params)
+        return start, make_step(tx, keywords)(*start)[:2]
+
+    old, new = jax.eval_shape(old_and_new, params)
+    assert jax.tree.structure(old) == jax.tree.structure(new)
+    for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        assert (x.shape, x.dtype, x.weak_type) == (y.shape, y.dtype, y.weak_type)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in KINDS else pytest.param(name, marks=pytest.mark.slow)
-        for name in OPTIMIZERS
-        if name not in EXEMPTED
-    ],
-)
+@pytest.mark.parametrize("name", slow_unless(KINDS, TESTED))
 def test_every_optimizer_descends_behind_pranam(name, link, params):
     tx, keywords = behind_pranam(name, link)
     values, _, state = train(tx, params, keywords)
@@ -257,17 +220,14 @@ def test_every_optimizer_descends_behind_pranam(name, link, params):
     part = 0.7 if name == "lbfgs" else 0.5
     assert values[-1].mean() < part * values[0].mean()
     # What the embedding counts is in the state, wherever the optimizer keeps it.
-    np.testing.assert_array_equal(optax.tree.get(state, "nonfinite"), np.zeros(R))
+    assert_equal(optax.tree.get(state, "nonfinite"), np.zeros(R))
 
 
 @pytest.mark.slow
 def test_line_search_after_the_release(link, params):
     """The use of L-BFGS: each replica to the bottom of the valley that it is in."""
-    coupled = optax.chain(link(), optax.adam(0.1))
-    _, params, _ = train(coupled, params, {})
-    polish = pranam_optax.per_replica(optax.lbfgs())
-    _, keywords = lbfgs(link)
-    values, params, _ = train(polish, params, keywords, 20)
+    _, params, _ = train(optax.chain(link(), optax.adam(0.1)), params, {})
+    values, params, _ = train(LBFGS, params, LINE_SEARCH, 20)
     _, grads = grad_fn(params)
     assert jnp.all(values[-1] <= values[0])
     assert values[-1].mean() < 0.8
@@ -312,35 +272,31 @@ def run_updates(tx, params, *gradients, keywords=({},)):
     return jax.jit(run)(gradients, keywords)
 
 
-def scaled(factor, tree):
-    return jax.tree.map(lambda x: factor * x, tree)
+assert_close = functools.partial(conftest.assert_close, rtol=1e-5, atol=1e-6)
+LINKS = [small_pranam(), pranam_optax.reparametrize(SGD, MEAN)]
 
 
-def assert_close(actual, expected):
-    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_partition(params, grads):
+@pytest.mark.parametrize("link", LINKS)
+def test_partition(link, params, grads):
     tx = optax.partition(
-        {"coupled": small_pranam(), "direct": optax.sgd(0.1)},
-        {"w": "coupled", "b": "direct"},
+        {"coupled": link, "direct": SGD}, {"w": "coupled", "b": "direct"}
     )
     (updates,), state = run_updates(tx, params, grads)
-    only_w = {"w": params["w"]}
-    (expected,), _ = run_updates(small_pranam(), only_w, {"w": grads["w"]})
+    (expected,), _ = run_updates(link, {"w": params["w"]}, {"w": grads["w"]})
     assert_close(updates, {"w": expected["w"], "b": -0.1 * grads["b"]})
     found = state.inner_states["coupled"].inner_state
     assert MEAN.apply(found.phi)["w"].shape == params["w"].shape
 
 
-def test_multi_steps(params, grads, pulled):
+@pytest.mark.parametrize("link", LINKS)
+def test_multi_steps(link, params, grads):
     """Two micro-batches whose gradients' mean is that of the whole batch."""
     noise = jax.tree.map(jnp.sin, params)
     batches = [jax.tree.map(lambda g, n: g + s * n, grads, noise) for s in (1, -1)]
-    multi = optax.MultiSteps(small_pranam(), 2)
-    (first, second), state = run_updates(multi, params, *batches)
+    (first, second), state = run_updates(optax.MultiSteps(link, 2), params, *batches)
+    (expected,), _ = run_updates(link, params, grads)
     assert_close(first, scaled(0.0, grads))
-    assert_close(second, pulled)
+    assert_close(second, expected)
     assert state.inner_opt_state.count == 1
 
 
@@ -353,10 +309,10 @@ def test_apply_if_finite(params, grads, outside):
     else:
         tx = optax.chain(small_pranam(), optax.apply_if_finite(optax.scale(2.0), 3))
     (updates,), state = run_updates(tx, params, spoiled)
-    assert optax.tree.get(state, "notfinite_count") == (1 if outside else 0)
-    moved = [jnp.any(u != 0, axis=range(1, u.ndim)) for u in jax.tree.leaves(updates)]
-    for m in moved:
-        np.testing.assert_array_equal(m, [(r != 2) and not outside for r in range(R)])
+    assert optax.tree.get(state, "notfinite_count") == outside
+    for u in jax.tree.leaves(updates):
+        moved = jnp.any(u != 0, axis=range(1, u.ndim))
+        assert_equal(moved, [(r != 2) and not outside for r in range(R)])
 
 
 def test_masked_leaves_are_left_alone(params, grads, pulled):
@@ -367,7 +323,7 @@ def test_masked_leaves_are_left_alone(params, grads, pulled):
 
 
 def test_lookahead(params, grads, pulled):
-    descend = optax.chain(small_pranam(), optax.sgd(0.1))
+    descend = optax.chain(small_pranam(), SGD)
     tx = optax.lookahead(descend, sync_period=1, slow_step_size=0.5)
     both = optax.LookaheadParams.init_synced(params)
     state = tx.init(both)
@@ -377,7 +333,7 @@ def test_lookahead(params, grads, pulled):
 
 
 def test_schedule_free(params, grads, pulled):
-    tx = contrib.schedule_free(optax.chain(small_pranam(), optax.sgd(0.1)), 0.1)
+    tx = contrib.schedule_free(optax.chain(small_pranam(), SGD), 0.1)
     (updates,), state = run_updates(tx, params, grads)
     assert_close(updates, scaled(-0.1, pulled))  # the first: no average yet
     moved = optax.apply_updates(params, updates)
@@ -398,7 +354,7 @@ def test_flatten(params, grads, pulled):
 def test_chains_in_chains_and_their_state(params, grads, pulled):
     inner = optax.chain(optax.identity(), small_pranam(), optax.scale(2.0))
     named = optax.named_chain(("inner", inner), ("ema", optax.ema(0.9, debias=False)))
-    tx = optax.chain(named, optax.sgd(0.1))
+    tx = optax.chain(named, SGD)
     (updates,), state = run_updates(tx, params, grads)
     assert_close(updates, scaled(-0.1 * 0.1 * 2.0, pulled))
     found = state[0]["inner"][1]
@@ -441,39 +397,12 @@ def test_the_rate_falls_for_the_replica_on_a_plateau(params, grads):
     plateau = contrib.reduce_on_plateau(factor=0.5, patience=1)
     tx = optax.chain(small_pranam(), pranam_optax.per_replica(plateau))
     falling = jnp.linspace(9.0, 2.0, R)
-    keywords = [{"values": falling / (t + 1)} for t in range(3)]
-    for given in keywords:
-        given["values"] = given["values"].at[0].set(9.0)
+    keywords = [{"values": (falling / (t + 1)).at[0].set(9.0)} for t in range(3)]
     updates, state = run_updates(tx, params, *[grads] * 3, keywords=keywords)
     expected, _ = run_updates(small_pranam(), params, *[grads] * 3)
     scales = np.ones(R)
     for actual, link in zip(updates, expected, strict=True):
-        for leaf in link:
-            factor = scales.reshape(R, *(1,) * (link[leaf].ndim - 1))
-            np.testing.assert_allclose(actual[leaf], factor * link[leaf], rtol=1e-5)
+        scaled_link = jax.tree.map(lambda u: (scales * np.asarray(u).T).T, link)
+        conftest.assert_close(actual, scaled_link, 1e-5)
         scales[0] /= 2
-    np.testing.assert_array_equal(optax.tree.get(state, "scale"), [0.25] + [1] * 7)
-
-
-# Around `reparametrize`
-
-
-def test_reparametrize_behind_multi_steps(params, grads):
-    """Accumulated gradients take the step of their mean."""
-    tx = pranam_optax.reparametrize(optax.sgd(0.1), MEAN)
-    batches = [scaled(s, grads) for s in (0.5, 1.5)]
-    (first, second), _ = run_updates(optax.MultiSteps(tx, 2), params, *batches)
-    assert_close(first, scaled(0.0, grads))
-    (expected,), _ = run_updates(tx, params, grads)
-    assert_close(second, expected)
-
-
-def test_reparametrize_of_some_leaves(params, grads):
-    embedded = pranam_optax.reparametrize(optax.sgd(0.1), MEAN)
-    tx = optax.partition(
-        {"embedded": embedded, "direct": optax.sgd(0.2)},
-        {"w": "embedded", "b": "direct"},
-    )
-    (updates,), _ = run_updates(tx, params, grads)
-    (expected,), _ = run_updates(embedded, {"w": params["w"]}, {"w": grads["w"]})
-    assert_close(updates, expected | {"b": -0.2 * grads["b"]})
+    assert_equal(optax.tree.get(state, "scale"), [0.25] + [1] * 7)

@@ -16,7 +16,7 @@ import pytest
 from optax.contrib import _common_test as common
 
 import pranam_optax
-from conftest import make_params, shard
+from conftest import assert_close, make_mesh, make_params, refused, shard
 
 pytestmark = pytest.mark.usefixtures("optax_promotion")
 
@@ -52,8 +52,6 @@ FACTORIES = {
     f.__name__: f for f in (pranam, reparametrize, elastic_averaging, per_replica)
 }
 every_factory = pytest.mark.parametrize("name", FACTORIES)
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-DTYPES = ["bfloat16", slow("float32")]
 
 
 def add_replica_axis(target):
@@ -86,63 +84,40 @@ SETUPS = {
 }
 
 
-@pytest.fixture
-def check(monkeypatch):
-    """`check(test, name, ...)`: runs a test of Optax's on one of the factories."""
+CHECKS = [
+    ("optimizers_accept_extra_args", {"wrap": False}),
+    ("optimizers_can_be_wrapped_in_inject_hyperparams", {}),
+    ("preserve_dtype", {"dtype": "bfloat16"}),
+    ("gradient_accumulation", {"dtype": "bfloat16"}),
+    ("state_shape_dtype_shard_stability", {"dtype": jnp.dtype("bfloat16")}),
+]
+SLOW_CHECKS = [
+    ("preserve_dtype", {"dtype": "float32"}),
+    ("gradient_accumulation", {"dtype": "float32"}),
+    *(
+        ("state_shape_dtype_shard_stability", {"dtype": jnp.dtype(dtype)})
+        for dtype in ("float16", "float32", "float64")
+    ),
+    *(
+        ("optimizers", {"dtype": "float32", "target": target})
+        for target in SETUPS.values()
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("test", "kwargs"),
+    [*CHECKS, *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW_CHECKS)],
+)
+@every_factory
+def test_checks_of_optax(test, kwargs, name, monkeypatch):
     monkeypatch.setattr(common, "_get_opt_factory", FACTORIES.__getitem__)
     for setup, stacked in SETUPS.items():
         monkeypatch.setattr(common, setup, stacked)
-    case = common.ContribTest()
-
-    def run(test, name, **kwargs):
-        unwrapped = getattr(common.ContribTest, f"{test}0").__wrapped__
-        kwargs = {"opt_kwargs": {"learning_rate": 1e-2}, **kwargs}
-        none = {"wrapper_name": None, "wrapper_kwargs": None}
-        unwrapped(case, opt_name=name, **none, **kwargs)
-
-    return run
-
-
-@every_factory
-def test_extra_args(check, name):
-    check("test_optimizers_accept_extra_args", name, wrap=False)
-
-
-@every_factory
-def test_inject_hyperparams(check, name):
-    check("test_optimizers_can_be_wrapped_in_inject_hyperparams", name)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@every_factory
-def test_preserve_dtype(check, name, dtype):
-    check("test_preserve_dtype", name, dtype=dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@every_factory
-def test_gradient_accumulation(check, name, dtype):
-    check("test_gradient_accumulation", name, dtype=dtype)
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, slow("float16"), slow("float64")])
-@every_factory
-def test_state_stability(check, name, dtype):
-    check("test_state_shape_dtype_shard_stability", name, dtype=jnp.dtype(dtype))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", SETUPS)
-@every_factory
-def test_map_params_and_convergence(check, name, target):
-    rates = {"pranam": 1e-3}
-    check(
-        "test_optimizers",
-        name,
-        opt_kwargs={"learning_rate": rates.get(name, 1e-2)},
-        target=SETUPS[target],
-        dtype="float32",
-    )
+    rate = 1e-3 if (test, name) == ("optimizers", "pranam") else 1e-2
+    given = {"opt_name": name, "opt_kwargs": {"learning_rate": rate}, **kwargs}
+    unwrapped = getattr(common.ContribTest, f"test_{test}0").__wrapped__
+    unwrapped(common.ContribTest(), wrapper_name=None, wrapper_kwargs=None, **given)
 
 
 # After Optax's tests of its own optimizers (float64_test, sharding_test)
@@ -193,13 +168,12 @@ def test_with_and_without_jit_agree(name):
     params = {k: np.asarray(x, np.float64) for k, x in params.items()}
     actual = FACTORIES[name](0.1).update(params, init(params), params)
     chex.assert_trees_all_equal_dtypes(actual, expected)
-    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert_close(actual, expected, 1e-4, 1e-5)
 
 
 @every_factory
 def test_sharded_steps_take_the_place_of_their_input(name):
     """The state shares no buffer with the params, and all stays where it is."""
-    mesh = jax.make_mesh((R,), ("replicas",), axis_types=(jax.sharding.AxisType.Auto,))
     params, tx = make_params(R), FACTORIES[name](0.1)
     init, update = compiled(name)
     expected = params, init(params)
@@ -215,13 +189,11 @@ def test_sharded_steps_take_the_place_of_their_input(name):
         updates, state = tx.update(params, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = shard(params, mesh)
+    params = shard(params, make_mesh("Auto", R, 1))
     start = params, init(params)
     first = step(*start)
-    types, shardings = (
-        jax.eval_shape(lambda: first),
-        jax.tree.map(lambda x: x.sharding, first),
-    )
+    types = jax.eval_shape(lambda: first)
+    shardings = jax.tree.map(lambda x: x.sharding, first)
     second = step(*first)
     assert len(traces) == 1
     chex.assert_trees_all_equal_shapes_and_dtypes(types, second)
@@ -230,4 +202,88 @@ def test_sharded_steps_take_the_place_of_their_input(name):
     for x in jax.tree.leaves(second[0]):
         assert x.sharding.shard_shape(x.shape)[0] == 1
     assert any(x.is_deleted() for x in jax.tree.leaves(start[1]))
-    chex.assert_trees_all_close(second, expected, rtol=1e-4, atol=1e-5)
+    assert_close(second, expected, 1e-4, 1e-5)
+
+
+# Errors, the same of all
+
+
+LINKS = {
+    "pranam": pranam_optax.pranam(),
+    "pranam to the mean": pranam_optax.pranam(pranam_optax.mlp_embedding(())),
+    "elastic_averaging": pranam_optax.elastic_averaging(),
+    "reparametrize": pranam_optax.reparametrize(optax.sgd(0.1)),
+}
+every_link = pytest.mark.parametrize("name", LINKS)
+W, B = np.ones((6, 3, 2), "f4"), np.ones(6, "f4")
+GOOD, FOUR = {"w": W, "b": B}, {"w": W[:4], "b": B[:4]}
+TURNED = {"w": W.reshape(6, 2, 3), "b": B}
+DEEP = r"params\['deep'\]\[0\] has shape"
+SHORT = {"a": W[:3], "b": {"c": W[:4]}}
+DISAGREE = r"\['a'\] has shape \(3, 3, 2\), {0}\['b'\]\['c'\] has shape \(4, 3, 2\)"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (
+            {"w": W, "deep": [B[0]]},
+            r"params\['deep'\]\[0\] has shape \(\) and no replica",
+        ),
+        (
+            {"w": W, "deep": [W[:0]]},
+            r"params\['deep'\]\[0\] has shape \(0, 3, 2\) .* axis",
+        ),
+        (SHORT, "params" + DISAGREE.format("params")),
+    ],
+)
+@every_link
+def test_trees_without_replicas(name, tree, message):
+    refused(message, LINKS[name].init, tree)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.complex64, np.bool_])
+@every_link
+def test_leaves_must_be_floating(name, dtype):
+    tx, tree = LINKS[name], {"w": W, "b": B.astype(dtype)}
+    state = jax.eval_shape(tx.init, GOOD)
+    message = rf"\['b'\] has dtype {np.dtype(dtype).name} \(shape .* floating-point"
+    refused("params" + message, tx.init, tree, error=TypeError)
+    refused("updates" + message, tx.update, tree, state, GOOD, error=TypeError)
+
+
+@pytest.mark.parametrize(
+    ("grads", "params", "start", "message"),
+    [
+        (GOOD, None, GOOD, r"{} needs .* call tx.update\(grads, state, params\)"),
+        ({}, {}, {}, "updates has no leaves; {} needs at least one"),
+        (SHORT, GOOD, GOOD, "updates" + DISAGREE.format("updates")),
+        ({"w": W}, GOOD, GOOD, r"updates\['b'\] is missing and params\['b'\]"),
+        (GOOD | {"c": B}, GOOD, GOOD, r"has shape \(6,\) and params\['c'\] is missing"),
+        (TURNED, GOOD, GOOD, r"updates\['w'\] has shape \(6, 2, 3\) and"),
+        ([W, B], (W, B), GOOD, "same structure, but updates is PyTreeDef"),
+        (GOOD, GOOD, FOUR, "params has 6 replicas, but the state .* 4"),
+        # These would broadcast.
+        (
+            GOOD,
+            GOOD,
+            GOOD | {"w": W[:, :1]},
+            r"makes params\['w'\] of shape \(6, 1, 2\), but .* has shape \(6, 3, 2\)",
+        ),
+        (GOOD, GOOD, {"w": W}, r"params\['b'\] has shape \(6,\) and .* missing"),
+        (GOOD, GOOD, GOOD | {"c": B}, r"makes params\['c'\] .* missing"),
+    ],
+)
+@every_link
+def test_what_does_not_go_together(name, grads, params, start, message):
+    tx = LINKS[name]
+    state = jax.eval_shape(tx.init, start)
+    refused(message.format(name.split()[0]), tx.update, grads, state, params)
+
+
+@pytest.mark.parametrize("state", [None, {}, (optax.EmptyState(),)])
+@every_link
+def test_what_is_no_state(name, state):
+    message = r"must be the {}State .*update\(grads, state, params"
+    message = message.format(name.split()[0].title().replace("_", ""))
+    refused(message, LINKS[name].update, GOOD, state, GOOD, error=TypeError)

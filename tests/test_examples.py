@@ -1,5 +1,6 @@
 """What the examples compute themselves; .ci/run runs them as programs."""
 
+import concurrent.futures
 import hashlib
 import http.server
 import threading
@@ -7,6 +8,7 @@ import threading
 import datasets
 import flax_mnist
 import jax
+import nist_problems
 import numpy as np
 import optax
 import pytest
@@ -14,6 +16,8 @@ import quickstart
 import tensorboard
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
+
+from conftest import assert_close, assert_equal, refused
 
 needs_mnist = pytest.mark.skipif(
     not (datasets.SHARED / "mnist").is_dir(), reason="no files of MNIST in ../shared"
@@ -24,16 +28,14 @@ def test_quickstart_gives_all_methods_the_same_problem_and_replicas(optax_promot
     setting = quickstart.Setting(
         dim=2, num_replicas=8, num_steps=3, report_seeds=range(2)
     )
-    problem = quickstart.make_problems(2)["Ackley"]
-    methods = quickstart.make_methods(3)
-    adam, ours = (
-        quickstart.make_run(problem, methods[name], setting)(
-            np.array([0]), np.array([0.1], "f")
-        )[1][0]
-        for name in ("Adam", "pranam + Adam")
-    )
-    # Losses of the initial replicas, [step, replica].
-    np.testing.assert_array_equal(adam[0], ours[0])
+    problem, methods = quickstart.make_problems(2)["Ackley"], quickstart.make_methods(3)
+
+    def losses(method):  # [step, replica]
+        run = quickstart.make_run(problem, methods[method], setting)
+        return run(np.array([0]), np.array([0.1], "f"))[1][0]
+
+    adam, ours = losses("Adam"), losses("pranam + Adam")
+    assert_equal(adam[0], ours[0])
     assert not np.array_equal(adam[1], ours[1])
 
 
@@ -61,26 +63,21 @@ def test_quickstart_reaches_minima_that_adam_does_not(name, rate, optax_promotio
 @pytest.mark.optimized
 @needs_mnist
 def test_four_elastic_replicas_learn_more_than_one_model(optax_promotion):
-    data, num_steps = flax_mnist.load_mnist(), 1000
-    loss, accuracy = {}, {}
-    for num_replicas, rate in ((1, 1e-2), (4, 3e-2)):
-        tx = flax_mnist.make_optimizer(rate, num_steps, elastic=num_replicas > 1)
-        runs = [
-            flax_mnist.train(
-                flax_mnist.linen_model((10, 10)),
-                data,
-                tx,
-                num_replicas=num_replicas,
-                num_steps=num_steps,
-                batch_size=2048,
-                seed=seed,
-            )
-            for seed in range(100, 103)
-        ]
-        loss[num_replicas] = np.mean([run.train_loss for run in runs])
-        accuracy[num_replicas] = np.mean([run.test_accuracy for run in runs])
-    assert loss[4] < 0.85 * loss[1]
-    assert accuracy[4] > accuracy[1] + 0.005
+    data, model = flax_mnist.load_mnist(), flax_mnist.linen_model((10, 10))
+    sizes = {"num_steps": 1000, "batch_size": 2048}
+
+    def results(num_replicas, rate):
+        tx = flax_mnist.make_optimizer(rate, 1000, elastic=num_replicas > 1)
+        given = {"num_replicas": num_replicas, **sizes}
+        seeds = range(100, 103)
+        runs = [flax_mnist.train(model, data, tx, seed=seed, **given) for seed in seeds]
+        numbers = [(run.train_loss, run.test_accuracy) for run in runs]
+        return np.mean(numbers, axis=(0, 2))  # of seeds and replicas
+
+    loss_of_one, accuracy_of_one = results(1, 1e-2)
+    loss, accuracy = results(4, 3e-2)
+    assert loss < 0.85 * loss_of_one
+    assert accuracy > accuracy_of_one + 0.005
 
 
 @pytest.mark.parametrize("make", [flax_mnist.linen_model, flax_mnist.nnx_model])
@@ -109,8 +106,8 @@ def test_mnist_is_read():
     assert data.train_x.min() == 0.0
     assert data.train_x.max() == 1.0
     # The first digits of the two sets are known: 5, 0, 4, 1, 9 and 7, 2, 1, 0, 4.
-    np.testing.assert_array_equal(data.train_y[:5], [5, 0, 4, 1, 9])
-    np.testing.assert_array_equal(data.test_y[:5], [7, 2, 1, 0, 4])
+    assert_equal(data.train_y[:5], [5, 0, 4, 1, 9])
+    assert_equal(data.test_y[:5], [7, 2, 1, 0, 4])
 
 
 # Data: from folders, and from a server on the loopback address.
@@ -122,8 +119,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requested.append(self.path)
         if self.path not in self.server.pages:
-            self.send_error(404)
-            return
+            return self.send_error(404)
         length, content = self.server.pages[self.path]
         self.send_response(200)
         self.send_header("Content-Length", str(length))
@@ -197,8 +193,8 @@ def test_a_failed_download_says_what_to_do(length, content, message, server, tmp
 
 def test_no_connection_says_what_to_do(server):
     nowhere = datasets.Source(("http://127.0.0.1:1/a.dat",), "0" * 64)
-    with pytest.raises(SystemExit, match=r"refused.*\n.*--data-dir"):
-        datasets.find("set", {"a.dat": nowhere})
+    sources, message = {"a.dat": nowhere}, r"refused.*\n.*--data-dir"
+    refused(message, datasets.find, "set", sources, error=SystemExit)
 
 
 def test_concurrent_downloads_do_not_mix(server, tmp_path):
@@ -211,31 +207,27 @@ def test_concurrent_downloads_do_not_mix(server, tmp_path):
 
     server.RequestHandlerClass = Slow
     server.pages = {"/a.dat": (len(CONTENT), CONTENT)}
-    found = []
-    threads = [
-        threading.Thread(
-            target=lambda: found.append(datasets.find("set", source(server, "/a.dat")))
-        )
-        for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        sources = [source(server, "/a.dat")] * 8
+        found = list(pool.map(lambda source: datasets.find("set", source), sources))
     assert found == [{"a.dat": CONTENT}] * 8
     assert files(tmp_path) == ["a.dat"]
 
 
-def test_missing_and_broken_files_are_named(server, tmp_path):
-    with pytest.raises(SystemExit, match=r"train-images-idx3-ubyte.gz is missing"):
-        flax_mnist.load_mnist(tmp_path)
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"no images")
-    with pytest.raises(SystemExit, match="its checksum differs"):
-        flax_mnist.load_mnist(tmp_path)
+@pytest.mark.parametrize(
+    ("load", "file"),
+    [
+        (flax_mnist.load_mnist, "train-images-idx3-ubyte.gz"),
+        (lambda folder: nist_problems.load(folder, ["Misra1a"]), "Misra1a.dat"),
+    ],
+)
+def test_missing_and_broken_files_are_named(load, file, server, tmp_path):
+    refused(f"{file} is missing.* --data-dir", load, tmp_path, error=SystemExit)
+    (tmp_path / file).write_bytes(b"no data")
+    refused("its checksum differs", load, tmp_path, error=SystemExit)
     (tmp_path / "a.dat").write_bytes(CONTENT)
-    assert datasets.find("set", source(server, "/a.dat"), tmp_path) == {
-        "a.dat": CONTENT
-    }
+    found = datasets.find("set", source(server, "/a.dat"), tmp_path)
+    assert found == {"a.dat": CONTENT}
     assert server.requested == []
 
 
@@ -257,13 +249,8 @@ def test_event_files_hold_the_metrics_and_the_embedding(
     data = tensorboard.load(None)  # what takes the place of MNIST
     assert data[0].shape == (10_000, 784)
     assert set(np.asarray(data[1])) == set(range(10))
-    setting = tensorboard.Setting(
-        num_replicas=3,
-        num_steps=5,
-        batch_size=8,
-        scalars_every=2,
-        histograms_every=3,
-    )
+    sizes = {"num_replicas": 3, "num_steps": 5, "batch_size": 8}
+    setting = tensorboard.Setting(**sizes, scalars_every=2, histograms_every=3)
     coupling = optax.linear_schedule(1.0, 0.0, 4)
     with SummaryWriter(str(tmp_path)) as writer:
         records = tensorboard.train(data, setting, coupling, writer)
@@ -279,9 +266,7 @@ def test_event_files_hold_the_metrics_and_the_embedding(
     assert [record.scalars["coupling"] for record in records] == [1, 0.5, 0]
     for record in records:
         assert record.values.shape == (3,)
-        np.testing.assert_allclose(
-            record.scalars["loss_mean"], record.values.mean(), rtol=1e-6
-        )
+        assert_close(record.scalars["loss_mean"], record.values.mean(), 1e-6)
         assert {"slope", "curvature", "saturation"} < record.scalars.keys()
     assert scalars == {
         (record.step, f"replicas/{name}"): number

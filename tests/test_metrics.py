@@ -9,18 +9,31 @@ import optax
 import pytest
 
 import pranam_optax
-from conftest import as_matrix, make_gradients, make_params, rows, spoil, spread
+from conftest import (
+    as_matrix,
+    assert_close,
+    assert_equal,
+    make_both,
+    make_gradients,
+    make_params,
+    refused,
+    rows,
+    scaled,
+    spoil,
+    spread,
+)
 
 R = 7
 PLANE = pranam_optax.mlp_embedding((2,))
+LINK = pranam_optax.pranam(PLANE)
 VALUES = jnp.arange(R) ** 2 / 10
 
 metrics_of = jax.jit(functools.partial(pranam_optax.replica_metrics, embedding=PLANE))
 
 
 @functools.cache
-def state_for(num_replicas=R):
-    return jax.jit(pranam_optax.pranam(PLANE).init)(make_params(num_replicas, 2))
+def state_for():
+    return jax.jit(LINK.init)(make_params(R, 2))
 
 
 def effective_rank(weights):
@@ -31,8 +44,7 @@ def effective_rank(weights):
 
 @pytest.mark.parametrize("broken", [None, 3])
 def test_metrics_against_numpy(broken):
-    params = make_params(R)
-    grads = make_gradients(params)
+    params, grads = make_both(R)
     state = state_for()._replace(nonfinite=jnp.array([0, 0, 2, 0, 1, 0, 0]))
     keep = np.arange(R) != broken
     if broken is not None:
@@ -44,7 +56,7 @@ def test_metrics_against_numpy(broken):
     losses = np.asarray(VALUES)[keep]
     units = gradients / np.linalg.norm(gradients, axis=1, keepdims=True)
     pulls = weights - as_matrix(PLANE.apply(state.phi))[keep]
-    cosines = units @ units.T
+    cosines, lengths = units @ units.T, np.linalg.norm(pulls, axis=1)
     expected = {
         "dead": int(broken is not None),
         "duplicates": 0,
@@ -58,56 +70,37 @@ def test_metrics_against_numpy(broken):
         "gradient_cosine": cosines[~np.eye(len(cosines), dtype=bool)].mean(),
         "embedding_distance": np.sqrt(np.mean(pulls**2)),
         "nonfinite": 3,
-        "pull_cosine": np.mean(
-            np.sum(units * pulls, axis=1) / np.linalg.norm(pulls, axis=1)
-        ),
+        "pull_cosine": np.mean(np.sum(units * pulls, axis=1) / lengths),
     }
-    assert metrics.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6)
+    assert_close(metrics, expected, 1e-4, 1e-6)
 
 
 def test_masked_leaves_have_no_part_in_the_pull():
-    params = make_params(R)
-    grads = make_gradients(params)
-    masked = optax.masked(pranam_optax.pranam(PLANE), {"w": True, "b": False})
+    params, grads = make_both(R)
+    masked = optax.masked(LINK, {"w": True, "b": False})
     state = jax.jit(masked.init)(make_params(R, 2))
     whole = metrics_of(params, state, None, grads)
-    only_w = {"w": params["w"]}, state.inner_state, None, {"w": grads["w"]}
-    only_w = (only_w[0], state.inner_state._replace(phi=unmasked(state)), *only_w[2:])
-    part = metrics_of(*only_w)
+    inner = state.inner_state  # without the places of masked leaves
+    phi = inner.phi
+    phi = phi._replace(heads={"w": phi.heads["w"]}, bias={"w": phi.bias["w"]})
+    params, grads = ({"w": tree["w"]} for tree in (params, grads))
+    part = metrics_of(params, inner._replace(phi=phi), None, grads)
     for name in ("embedding_distance", "pull_cosine"):
-        np.testing.assert_allclose(whole[name], part[name], rtol=1e-5)
+        assert_close(whole[name], part[name], 1e-5)
     assert whole["spread"] != part["spread"]  # of all leaves
 
 
-def unmasked(state):
-    """phi without the places of masked leaves."""
-    phi = state.inner_state.phi
-    return phi._replace(heads={"w": phi.heads["w"]}, bias={"w": phi.bias["w"]})
-
-
 def test_mixed_dtypes(x64):
-    dtypes = {"w": jnp.bfloat16, "b": jnp.float64}
-    found = []
-    for cast in (lambda name, x: x, lambda name, x: x.astype(dtypes[name])):
-        params = {k: cast(k, x) for k, x in make_params(R, dtype=jnp.float64).items()}
-        found.append(
-            jax.jit(
-                lambda params: pranam_optax.replica_metrics(
-                    params,
-                    pranam_optax.pranam(PLANE).init(params),
-                    jnp.arange(R, dtype=jnp.float32),
-                    make_gradients(params),
-                    embedding=PLANE,
-                )
-            )(params)
-        )
-    assert found[0]["embedding_distance"].dtype == jnp.float64
-    for name, value in found[0].items():
-        np.testing.assert_allclose(
-            found[1][name], value, rtol=0.05, atol=0.01, err_msg=name
-        )
+    @jax.jit
+    def metrics(params):
+        state, values = LINK.init(params), jnp.arange(R, dtype=jnp.float32)
+        return metrics_of(params, state, values, make_gradients(params))
+
+    wide = make_params(R, dtype=jnp.float64)
+    expected = metrics(wide)
+    assert expected["embedding_distance"].dtype == jnp.float64
+    narrow = wide | {"w": wide["w"].astype(jnp.bfloat16)}
+    assert_close(metrics(narrow), expected, 0.05, 0.01)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
@@ -118,30 +111,28 @@ def test_effective_rank_counts_equal_directions(rank):
     for i in range(rank):
         weights += np.outer(np.linalg.qr(basis)[0][:, i], 5 * np.eye(20)[i])
     metrics = metrics_of(jnp.asarray(weights))
-    np.testing.assert_allclose(
-        metrics["effective_rank"], effective_rank(weights) if rank else 0, rtol=1e-3
-    )
+    expected = effective_rank(weights) if rank else 0
+    assert_close(metrics["effective_rank"], expected, 1e-3)
     assert metrics["duplicates"] == (0 if rank else 7)
     assert metrics.keys() == {"dead", "duplicates", "spread", "effective_rank"}
 
 
 def test_where_none_is_alive_there_is_nothing_to_tell():
-    params = jax.tree.map(lambda x: x * jnp.nan, make_params(R))
-    metrics = metrics_of(params, state_for(), VALUES, make_gradients(params))
+    params, grads = scaled(jnp.nan, make_both(R))
+    metrics = metrics_of(params, state_for(), VALUES, grads)
     counts = {"dead": R, "duplicates": 0, "nonfinite": 0}
-    for name, value in metrics.items():
-        np.testing.assert_array_equal(value, counts.get(name, np.nan), err_msg=name)
+    assert_equal(metrics, dict.fromkeys(metrics, np.nan) | counts)
 
 
 def test_errors():
     params = make_params(R)
 
-    def raises(match, *args, embedding=PLANE):
-        with pytest.raises(ValueError, match=match):
-            pranam_optax.replica_metrics(params, *args, embedding=embedding)
+    def raises(match, *args):
+        fun = functools.partial(pranam_optax.replica_metrics, embedding=PLANE)
+        refused(match, fun, params, *args)
 
     raises(r"values has shape \(3,\), expected \(7,\)", None, jnp.zeros(3))
     raises("grads has 4 replicas, params has 7", None, None, make_params(4))
     raises("one embedding, found 0", optax.adam(1.0).init(params))
-    state = jax.jit(pranam_optax.pranam(PLANE).init)({"v": params["w"]})
+    state = jax.jit(LINK.init)({"v": params["w"]})
     raises(r"\['v'\] of shape \(7, 3, 2\)", state)

@@ -3,17 +3,14 @@
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.slow
+from conftest import start_example
 
-SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "multi_device.py"
+pytestmark = pytest.mark.slow
 
 
 def free_port():
@@ -24,23 +21,16 @@ def free_port():
 
 def start(directory, num_processes, *arguments, output=None):
     """Processes with 4 devices in all."""
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
-    command = [
-        *(sys.executable, SCRIPT, "--directory", directory, "--devices", 4),
+    arguments = [
+        *("--directory", directory, "--devices", 4),
         *("--num-processes", num_processes, *arguments),
     ]
     if num_processes > 1:
-        command += ["--coordinator", f"localhost:{free_port()}"]
+        arguments += ["--coordinator", f"localhost:{free_port()}"]
     if output:
-        command += ["--output", output]
+        arguments += ["--output", output]
     return [
-        subprocess.Popen(
-            [str(x) for x in (*command, "--process-id", i)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start_example("multi_device", *arguments, "--process-id", i, **os.environ)
         for i in range(num_processes)
     ]
 

@@ -13,7 +13,14 @@ import optax
 import pytest
 
 import pranam_optax
-from conftest import as_matrix, assert_same_bits, make_gradients, rms
+from conftest import (
+    as_matrix,
+    assert_close,
+    assert_equal,
+    assert_same_bits,
+    make_gradients,
+    rms,
+)
 
 bf16, f16, f32, f64 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64
 
@@ -103,14 +110,13 @@ def embedding_of(case):
     embedding = pranam_optax.mlp_embedding(case.features, activation=jnp.tanh)
     if len(case.features) == 1:
         return embedding
+    shapes = functools.partial(jax.eval_shape, embedding.init)
     return embedding._replace(
-        init=lambda key, params: make_gradients(
-            jax.eval_shape(embedding.init, key, params)
-        )
+        init=lambda key, params: make_gradients(shapes(key, params))
     )
 
 
-def lanes(case_name, link, update):
+def lanes(link, update):
     """One update in four lanes: as it is, permuted, scaled, uncoupled."""
 
     def program(params, grads, order, scale, coupling):
@@ -146,7 +152,7 @@ def pranam_program(case_name):
         raw, _ = link(coupling, False).update(grads, state, params)
         return normalized, raw, state_after
 
-    return lanes(case_name, link, update)
+    return lanes(link, update)
 
 
 @functools.cache
@@ -159,7 +165,7 @@ def reparametrize_program(case_name):
         updates, state_after = tx.update(grads, state, params)
         return updates, state_after.phi, embedding.apply(state_after.phi)
 
-    return lanes(case_name, lambda coupling: tx, update)
+    return lanes(lambda coupling: tx, update)
 
 
 @st.composite
@@ -186,19 +192,16 @@ def check_pranam(name, drawn):
     assert types(lane(after, 0)) == types(state)
 
     # The replicas have no order, and the loss no scale.
-    np.testing.assert_allclose(
-        as_matrix(lane(normalized, 1)), as_matrix(updates)[order], atol=4 * atol
-    )
-    np.testing.assert_allclose(
-        as_matrix(lane(normalized, 2)), as_matrix(updates), atol=atol
-    )
+    weights = as_matrix(updates)
+    assert_close(as_matrix(lane(normalized, 1)), weights[order], 1e-7, 4 * atol)
+    assert_close(as_matrix(lane(normalized, 2)), weights, 1e-7, atol)
     # Sizes: 1 at both ends, and in between two unit vectors are mixed.
     size = rms(updates)
     if coupling in (0, 1):
-        np.testing.assert_allclose(size, 1, rtol=atol)
+        assert_close(size, 1, atol)
     assert size < 1 + atol
     assert size > 0.05 or coupling == 0.5  # where they might point apart
-    np.testing.assert_allclose(rms(lane(raw, 0)), size * rms(grads), rtol=2 * atol)
+    assert_close(rms(lane(raw, 0)), size * rms(grads), 2 * atol)
     # Uncoupled the gradients come through bit for bit.
     assert_same_bits(lane(raw, 3), grads)
 
@@ -212,28 +215,19 @@ def check_reparametrize(name, drawn):
     # The update takes the replicas to the embedding.
     moved = as_matrix(params) + as_matrix(lane(updates, 0))
     target = as_matrix(lane(output, 0))
-    size = np.max(np.abs(target)) + np.max(np.abs(as_matrix(params)))
-    np.testing.assert_allclose(moved, target, atol=tolerance(case) * size)
+    largest = np.max(np.abs(target))
+    size = largest + np.max(np.abs(as_matrix(params)))
+    assert_close(moved, target, 1e-7, tolerance(case) * size)
     # The replicas have no order.
-    np.testing.assert_allclose(
-        as_matrix(lane(output, 1)),
-        target[order],
-        rtol=1e-3,
-        atol=1e-4 * np.max(np.abs(target)),
-    )
+    assert_close(as_matrix(lane(output, 1)), target[order], 1e-3, 1e-4 * largest)
     # Plain descent of phi is proportional to the gradient.
-    for start, step, scaled in zip(
-        jax.tree.leaves(state.phi),
-        jax.tree.leaves(lane(phi, 0)),
-        jax.tree.leaves(lane(phi, 2)),
-        strict=True,
-    ):
-        rounding = 1e-5 * (1 + float(scale)) * np.max(
-            np.abs(np.stack([start, step])), initial=1e-3
-        ) + 1e-5 * np.max(np.abs(scaled), initial=0.0)
-        np.testing.assert_allclose(
-            scaled - start, float(scale) * (step - start), rtol=1e-3, atol=rounding
-        )
+    scale = float(scale)
+    trees = state.phi, lane(phi, 0), lane(phi, 2)
+    for start, step, scaled in zip(*map(jax.tree.leaves, trees), strict=True):
+        rounding = 1e-5 * np.max(np.abs(scaled), initial=0.0)
+        largest = np.max(np.abs(np.stack([start, step])), initial=1e-3)
+        rounding += 1e-5 * (1 + scale) * largest
+        assert_close(scaled - start, scale * (step - start), 1e-3, rounding)
 
 
 @pytest.mark.parametrize("check", [check_pranam, check_reparametrize])
@@ -269,18 +263,12 @@ def test_properties(check, names, num_examples):
 F16 = pranam_optax.mlp_embedding((2,))
 
 
-@functools.cache
-def f16_program(normalize_updates):
-    def update(grads, params, coupling):
-        tx = pranam_optax.pranam(
-            F16,
-            coupling=coupling,
-            normalize_updates=normalize_updates,
-        )
-        updates, state = tx.update(grads, tx.init(params), params)
-        return updates, F16.apply(state.phi), state.nonfinite
-
-    return jax.jit(update)
+@functools.partial(jax.jit, static_argnums=0)
+def f16_update(normalize_updates, grads, params, coupling):
+    given = {"coupling": coupling, "normalize_updates": normalize_updates}
+    tx = pranam_optax.pranam(F16, **given)
+    updates, state = tx.update(grads, tx.init(params), params)
+    return updates, F16.apply(state.phi), state.nonfinite
 
 
 @pytest.mark.parametrize("normalize_updates", [True, False])
@@ -295,19 +283,18 @@ def test_gradients_of_any_size_for_f16_weights(
     rng = np.random.default_rng(0)
     params = jnp.asarray(rng.normal(size=(4, 6)), f16)
     grads = jnp.asarray(size * rng.choice([-1.0, 1.0], (4, 6)), dtype)
-    updates, output, nonfinite = f16_program(normalize_updates)(
-        grads, params, jnp.float32(coupling)
-    )
+    given = params, jnp.float32(coupling)
+    updates, output, nonfinite = f16_update(normalize_updates, grads, *given)
     assert updates.dtype == dtype
     assert np.all(np.isfinite(updates))
     assert np.all(np.isfinite(output))
     assert not np.any(nonfinite)
     if normalize_updates:
-        ones, *_ = f16_program(True)(jnp.sign(grads), params, jnp.float32(coupling))
-        np.testing.assert_allclose(rms(updates), rms(ones), rtol=1e-2)
+        ones, *_ = f16_update(True, jnp.sign(grads), *given)
+        assert_close(rms(updates), rms(ones), 1e-2)
         assert rms(updates) > 0.1
     elif coupling == 0:
-        np.testing.assert_array_equal(updates, grads)
+        assert_equal(updates, grads)
     else:
         assert 0.1 < rms(updates) / size < 2
 
@@ -317,15 +304,12 @@ def test_gradients_out_of_range_of_another_leaf(size):
     """Of the loss's size nothing is left, also where f32 cannot hold its inverse."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-        params = {
-            "a": jnp.asarray(rng.normal(size=(4, 3))),
-            "b": jnp.asarray(rng.normal(size=(4, 2)), f32),
-        }
+        a, b = (jnp.asarray(rng.normal(size=(4, n))) for n in (3, 2))
+        params = {"a": a, "b": b.astype(f32)}
         grads = {"a": jnp.asarray(rng.normal(size=(4, 3))), "b": jnp.zeros((4, 2), f32)}
         tx = pranam_optax.pranam(coupling=0.5)
         state = tx.init(params)
         expected, _ = tx.update(grads, state, params)
         updates, state = tx.update(grads | {"a": size * grads["a"]}, state, params)
-        np.testing.assert_array_equal(state.nonfinite, 0)
-        for name, update in updates.items():
-            np.testing.assert_allclose(update, expected[name], rtol=1e-5)
+        assert_equal(state.nonfinite, 0)
+        assert_close(updates, expected, 1e-5)

@@ -1,7 +1,7 @@
 """The study: statistics, methods, tasks, and a few tiny cells."""
 
+import functools
 import json
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,6 +19,7 @@ import study
 import tasks
 
 import pranam_optax
+from conftest import assert_close, assert_equal
 
 TINY = study.Setting(
     rates=(0.1, 0.3, 1.0),
@@ -50,16 +51,16 @@ def tiny_task():
 def test_holm_agrees_with_a_hand_computation():
     # Sorted .005 * 4, .01 * 3, .03 * 2, .04 * 1, none below the one before it.
     adjusted = stats.holm([0.01, 0.04, 0.03, 0.005])
-    np.testing.assert_allclose(adjusted, [0.03, 0.06, 0.06, 0.02])
-    np.testing.assert_allclose(stats.holm([0.4, 0.9]), [0.8, 0.9])
-    np.testing.assert_allclose(stats.holm([0.7, 0.9]), [1.0, 1.0])
+    assert_close(adjusted, [0.03, 0.06, 0.06, 0.02], 1e-7)
+    assert_close(stats.holm([0.4, 0.9]), [0.8, 0.9], 1e-7)
+    assert_close(stats.holm([0.7, 0.9]), [1.0, 1.0], 1e-7)
 
 
 def test_bootstrap_interval_is_that_of_the_normal_for_many_seeds():
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
     half = 1.96 * values.std() / 20
-    expected = [values.mean() - half, values.mean() + half]
-    np.testing.assert_allclose(stats.bootstrap_interval(values), expected, atol=0.03)
+    expected = values.mean() - half, values.mean() + half
+    assert_close(stats.bootstrap_interval(values), expected, 1e-7, 0.03)
     assert stats.bootstrap_interval(np.full(5, 2.0)) == (2.0, 2.0)
     assert stats.bootstrap_interval(np.array([3.0])) == (3.0, 3.0)
 
@@ -77,9 +78,7 @@ def test_paired_test_compares_logarithms():
 
 def test_profile_counts_the_runs_within_a_factor_of_the_best():
     ratios = np.array([1.0, 1.0, 3.0, 1e9])
-    np.testing.assert_array_equal(
-        stats.profile(ratios, np.array([1.0, 2.0, 10.0])), [0.5, 0.5, 0.75]
-    )
+    assert_equal(stats.profile(ratios, np.array([1.0, 2.0, 10.0])), [0.5, 0.5, 0.75])
 
 
 def test_interrupted_study_ends_with_the_same_file(tmp_path, optax_promotion):
@@ -110,7 +109,7 @@ def test_interrupted_study_ends_with_the_same_file(tmp_path, optax_promotion):
     assert np.all(np.mean(cell["scores"], axis=1) < means[:, -1])
     # All methods start from the same replicas.
     other = np.array(results[names[1]]["means"])
-    np.testing.assert_array_equal(other[:, 0], means[:, 0])
+    assert_equal(other[:, 0], means[:, 0])
     # The peer has as many evaluations and gets near the minimum.
     peer = results["parabola | - | L-BFGS"]
     assert peer["budget"] == 4 * 4
@@ -119,19 +118,12 @@ def test_interrupted_study_ends_with_the_same_file(tmp_path, optax_promotion):
 
 
 def test_gradient_that_counts_twice_halves_the_steps(tmp_path, optax_promotion):
-    results = [
-        study.study(
-            {"parabola": tiny_task},
-            {"independent": methods.METHODS["independent"]},
-            SGD,
-            setting,
-            tmp_path / f"{i}.json",
-        )
-        for i, setting in enumerate(
-            (TINY._replace(gradient_cost=2), TINY._replace(num_steps=2))
-        )
-    ]
-    assert results[0] == results[1]
+    def run(name, **changes):
+        chosen = {"independent": methods.METHODS["independent"]}
+        setting, output = TINY._replace(**changes), tmp_path / name
+        return study.study({"parabola": tiny_task}, chosen, SGD, setting, output)
+
+    assert run("costly", gradient_cost=2) == run("short", num_steps=2)
 
 
 def test_cell_is_a_training_run(optax_promotion):
@@ -150,48 +142,39 @@ def test_cell_is_a_training_run(optax_promotion):
         velocity = 0.9 * velocity + gradient / np.sqrt(np.mean(gradient**2))
         x = x - 0.1 * unit * 0.5 * (1 + np.cos(np.pi * i / 4)) * velocity
     scores = np.sum((x - place) ** 2, axis=1)
-    np.testing.assert_allclose(outcome.scores, scores, rtol=1e-4)
-    np.testing.assert_allclose(outcome.means, means, rtol=1e-4)
+    assert_close(outcome.scores, scores, 1e-4)
+    assert_close(outcome.means, means, 1e-4)
 
 
 def test_unit_of_the_rate_is_that_of_what_moves():
     params = jnp.array([[1.0, 3.0], [3.0, 7.0]])
     grads = jnp.full((2, 2), 10.0)
-    sgd, adam = (methods.OPTIMIZERS[name] for name in ("SGD", "Adam"))
-    alone, normalised = (
-        methods.METHODS[name] for name in ("independent", "normalised")
-    )
     spread = np.sqrt(2.5)
     for method, optimizer, unit in (
-        (alone, adam, spread),
-        (alone, sgd, spread / 10),
-        (normalised, sgd, spread),
+        ("independent", "Adam", spread),
+        ("independent", "SGD", spread / 10),
+        ("normalised", "SGD", spread),
     ):
-        found = methods.rate_unit(method, optimizer, params, grads)
-        np.testing.assert_allclose(found, unit, rtol=1e-6)
+        pair = methods.METHODS[method], methods.OPTIMIZERS[optimizer]
+        assert_close(methods.rate_unit(*pair, params, grads), unit, 1e-6)
     # Of `reparametrize` it is that of the embedding.
     phi, gradient = jax.jit(methods.METHODS["reparametrize"].acts_on)(params, grads)
     found = jax.jit(pranam_optax.reparametrize(optax.sgd(1.0)).init)(params).phi
     assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, found)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), phi, found)
+    assert_close(phi, found, 1e-5)
 
 
-def test_normalised_control_is_pranam_without_coupling():
+def test_normalised_and_free_replicas_are_never_coupled(optax_promotion):
     params, grads = jax.random.normal(jax.random.key(0), (2, 4, 3))
-    link = pranam_optax.pranam(coupling=0.0)
-    expected, _ = jax.jit(
-        lambda grads, params: link.update(grads, link.init(params), params)
-    )(grads, params)
-    updates, _ = methods.normalize().update(grads, optax.EmptyState(), params)
-    np.testing.assert_allclose(updates, expected, rtol=1e-5)
 
+    @functools.partial(jax.jit, static_argnums=0)
+    def first(tx):
+        return tx.update(grads, tx.init(params), params)[0]
 
-def test_free_replicas_are_never_coupled(optax_promotion):
-    params, grads = jax.random.normal(jax.random.key(0), (2, 4, 3))
-    tx = methods.METHODS["quarter free"].make(optax.identity(), 10, 4)
-    updates, _ = jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
-    normalised, _ = methods.normalize().update(grads, optax.EmptyState(), params)
-    np.testing.assert_allclose(updates[0], normalised[0], rtol=1e-5)
+    normalised = first(methods.normalize())
+    assert_close(normalised, first(pranam_optax.pranam(coupling=0.0)), 1e-5)
+    updates = first(methods.METHODS["quarter free"].make(optax.identity(), 10, 4))
+    assert_close(updates[0], normalised[0], 1e-5)
     assert np.all(np.abs(updates[1:] - normalised[1:]).max(axis=1) > 1e-3)
 
 
@@ -202,19 +185,18 @@ def test_resampling_comes_at_its_times(optax_promotion):
     values = jnp.array([3.0, 0.0, 1.0, 2.0])  # best first: 1, 2, 3, 0
     grads, state, update = 0.1 * params, tx.init(params), jax.jit(tx.update)
     updates, state = update(grads, state, params, values=values)
-    np.testing.assert_array_equal(updates, -grads)
+    assert_equal(updates, -grads)
     updates, state = update(grads, state, params, values=values)
     # The first goes half of the way to the second, the last to the third.
     after = (params + updates)[:, 0]
-    np.testing.assert_allclose(after, 0.9 * np.array([1.5, 2, 3, 3.5]), rtol=1e-6)
+    assert_close(after, 0.9 * np.array([1.5, 2, 3, 3.5]), 1e-6)
 
 
 def test_split_batches_are_drawn_by_each_replica(optax_promotion):
     task = tiny_task()._replace(
-        # Two pairs of equal replicas.
-        init=lambda key: jnp.ones(2) * (jax.random.bits(key) % 2),
         loss=lambda data, place, x, key: jnp.sum((x - jax.random.normal(key, 2)) ** 2),
     )
+    # Two pairs of equal replicas.
     params = jnp.array([[1.0], [-1.0], [1.0], [-1.0]]) * jnp.ones((1, 2))
     for batch in ("shared", "split"):
         drawing = task._replace(batch=batch)
@@ -234,7 +216,7 @@ def test_convolution_is_that_of_xla():
             x, w, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         found = jax.jit(tasks.convolve, static_argnums=2)(x, w, stride)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+        assert_close(found, expected, 1e-4, 1e-4)
 
 
 def test_networks_have_logits():
@@ -268,7 +250,7 @@ def test_peers_stop_when_the_evaluations_are_spent():
                 counter.value_and_grad(np.array([0.4, 0.5]))
         assert counter.left == 0
         assert counter.best == pytest.approx(0.05)
-        np.testing.assert_array_equal(counter.where, [0.4, 0.5])
+        assert_equal(counter.where, [0.4, 0.5])
     counter = peers.Counter(lambda u: jnp.sum(u**2), 3)
     counter.value(np.array([0.5]))
     counter.grad(np.array([0.5]))  # the value there is known: nothing more to pay
@@ -289,12 +271,8 @@ def test_values_that_are_not_finite_do_not_win():
 
 
 def test_pivot_puts_records_in_rows_and_columns():
-    records = [
-        {"row": "a", "column": "x", "value": 1},
-        {"row": "b", "column": "y", "value": 2},
-        {"row": "b", "column": "x", "value": 3},
-        {"row": "b", "column": "x", "value": 4},
-    ]
+    places = ("a", "x"), ("b", "y"), ("b", "x"), ("b", "x")
+    records = [{"row": row, "column": column, "value": 1} for row, column in places]
     assert report.pivot(records, ["row"], "column", report.count) == (
         "| row | x | y |\n| --- | --- | --- |\n| a | 1 |  |\n| b | 2 | 1 |"
     )
@@ -310,17 +288,10 @@ def test_report_tells_better_from_worse():
             "solved": 0.2,
         }
         for problem, kind in (("Ackley", "multimodal"), ("tanh", "model"))
-        for method, level in (
-            ("independent", 1.0),
-            ("normalised", 1.0),
-            ("pranam", 0.1),
-        )
+        for method, level in (("independent", 1), ("normalised", 1), ("pranam", 0.1))
     }
-    results["Ackley | - | CMA-ES"] = {
-        "scores": [[0.5]] * 5,
-        "kind": "multimodal",
-        "solved": 0.2,
-    }
+    peer = {"scores": [[0.5]] * 5, "kind": "multimodal", "solved": 0.2}
+    results["Ackley | - | CMA-ES"] = peer
     cells = report.read(results)
     for ours, theirs, verdict in (
         ("pranam", "independent", "better"),
@@ -337,5 +308,5 @@ def test_report_tells_better_from_worse():
     results["tanh | Adam | pranam"]["scores"][0][0] = float("nan")
     cell = report.read(results)["tanh", "Adam", "pranam"]
     assert cell.mean[0] == pytest.approx(0.1, rel=0.1)
-    tables = report.tables(cells)
-    assert "CMA-ES" in tables["Median of the best, with other optimizers"]
+    table = report.tables(cells)["Median of the best, with other optimizers"]
+    assert "CMA-ES" in table
