@@ -1,6 +1,7 @@
 """The network, its fit to the replicas, and what it refuses."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -100,6 +101,27 @@ def test_linear_fit_of_very_many_replicas():
     expected = mean + (u[:, :3] * s[:3]) @ vt[:3]
     assert_close(output, expected, 1e-7, 2e-3)
     assert_close(np.linalg.norm(phi.table, axis=0) ** 2, s[:3], 1e-3)
+
+
+def test_very_many_replicas_need_no_eigenvectors_of_all():
+    """Up to 1024 they do; beyond, the time would grow with the cube of their number."""
+
+    def sizes(num_replicas):
+        embedding, params = mlp_embedding((3,)), jnp.ones((num_replicas, 5))
+        program = jax.make_jaxpr(embedding.init)(jax.random.key(0), params)
+        return re.findall(r"f32\[\d+,(\d+)\] .*= eigh\[", str(program))
+
+    assert sizes(1024) == ["1024"]
+    assert sizes(1025) == ["11"]  # 3 heads and 8 more
+
+
+@pytest.mark.parametrize(("width", "products"), [(1, 0), (16, 0), (17, 1)])
+def test_narrow_products_fuse_with_what_reads_them(width, products):
+    """As sums of outer products; matrix products are arrays of the replicas' size."""
+    embedding = mlp_embedding((width,), use_bias=False)
+    phi = jax.eval_shape(embedding.init, jax.random.key(0), jnp.ones((R, 3)))
+    program = str(jax.make_jaxpr(embedding.apply)(phi))
+    assert program.count("dot_general[") == products
 
 
 @pytest.mark.parametrize("features", [(), (0,)])
