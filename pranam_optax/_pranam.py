@@ -15,6 +15,7 @@ from pranam_optax._sharding import auto_axes
 from pranam_optax._tree import (
     PyTree,
     broadcast_to_leaf,
+    cast,
     check_replicas,
     compute_dtype,
     deviations,
@@ -183,9 +184,11 @@ def _step(
     c, s = each_replica(coupling, "coupling", updates), jnp.asarray(s, float)
     living = alive(params, updates) & jnp.isfinite(c) & jnp.isfinite(s)
     unit = largest_entry(updates, living)
-    gradients = divide(mask_replicas(living, updates, like=params), unit)
-    weights = mask_replicas(living, params, like=updates)
+    gradients = divide(cast(updates, like=params), unit)
+    weights = cast(params, like=updates)
     gradient_rms, weight_rms = rms(gradients, living), rms(weights, living)
+    gradients = mask_replicas(living, gradients)
+    weights = mask_replicas(living, weights)
     dtype, rounding = weight_rms.dtype, 8 * jnp.finfo(weight_rms.dtype).eps
     c = jnp.where(living, jnp.clip(c, 0.0, 1.0), 0.0).astype(dtype)
 

@@ -169,13 +169,8 @@ def scale(factor: jax.Array, tree: PyTree) -> PyTree:
 
 
 def divide(tree: PyTree, unit: jax.Array) -> PyTree:
-    """A tree over a number whose reciprocal may underflow."""
-
-    def quotient(x: jax.Array) -> jax.Array:
-        dtype = compute_dtype(unit, x)
-        return (x.astype(dtype) / unit.astype(dtype)).astype(x.dtype)
-
-    return jax.tree.map(quotient, tree)
+    """A tree over its `largest_entry`, as a product, which is several times faster."""
+    return scale(1 / unit, tree)
 
 
 def positive(x: jax.Array) -> jax.Array:
@@ -225,22 +220,37 @@ def largest_magnitudes(tree: PyTree) -> jax.Array:
 def largest_entry(tree: PyTree, living: jax.Array | None = None) -> jax.Array:
     """Largest |x| of all (living) rows, or 1 where all are zero: a unit to divide by.
 
-    Its derivative is zero, since no result depends on the unit in which it is computed.
+    Within the numbers whose reciprocals are normal. Its derivative is zero, since no
+    result depends on the unit in which it is computed.
     """
     largest = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
     if living is not None:
         largest = [jnp.max(largest_magnitudes(tree), where=living, initial=0.0)]
     dtype = compute_dtype(*largest)
-    return jax.lax.stop_gradient(
-        positive(jnp.max(jnp.stack([x.astype(dtype) for x in largest])))
-    )
+    unit = positive(jnp.max(jnp.stack([x.astype(dtype) for x in largest])))
+    unit = jnp.clip(unit, jnp.finfo(dtype).tiny, jnp.finfo(dtype).max / 8)
+    return jax.lax.stop_gradient(unit)
 
 
 def rms(tree: PyTree, living: jax.Array) -> jax.Array:
-    """Root mean square over the living replicas of a tree in which others are zero."""
+    """Root mean square over the living replicas; the others may hold anything."""
     size = sum(x.size for x in jax.tree.leaves(tree)) // len(living)
-    squares = sum_of_squares(tree)
+    squares = _living_squares(tree, living)
     return safe_sqrt(squares / positive(jnp.sum(living).astype(squares.dtype) * size))
+
+
+# By replica, and masked at the end: on CPUs a mask does not fuse with the sum over it.
+@jax.custom_jvp
+def _living_squares(tree: PyTree, living: jax.Array) -> jax.Array:
+    return jnp.sum(squared_norms(tree), where=living)
+
+
+@_living_squares.defjvp
+def _living_squares_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (tree, living), (moved, _) = primals, tangents
+    along = [mask_replicas(living, x) for x in (tree, moved)]
+    products = jax.tree.map(jnp.multiply, *along)
+    return _living_squares(tree, living), 2 * total(products, jnp.sum)
 
 
 def replica_mean(tree: PyTree, living: jax.Array) -> PyTree:
