@@ -18,7 +18,6 @@ from pranam_optax._tree import (
     cast,
     check_replicas,
     compute_dtype,
-    deviations,
     divide,
     gram,
     is_traced,
@@ -27,6 +26,7 @@ from pranam_optax._tree import (
     mask_replicas,
     positive,
     reciprocal,
+    replica_mean,
     rms,
     scale,
     subtract,
@@ -179,24 +179,24 @@ def _step(
     normalize_updates: bool,
 ) -> tuple[PyTree, PranamState]:
     """One update: U and the next state."""
-    # A replica that is not alive becomes rows of zeros, here at the edge; and G is
-    # divided by its largest entry, after which no square overflows.
+    # Who is not alive becomes rows of zeros; no square of G over its unit overflows.
     c, s = each_replica(coupling, "coupling", updates), jnp.asarray(s, float)
     living = alive(params, updates) & jnp.isfinite(c) & jnp.isfinite(s)
     unit = largest_entry(updates, living)
-    gradients = divide(cast(updates, like=params), unit)
-    weights = cast(params, like=updates)
-    gradient_rms, weight_rms = rms(gradients, living), rms(weights, living)
-    gradients = mask_replicas(living, gradients)
-    weights = mask_replicas(living, weights)
+    w, g = cast(params, like=updates), cast(updates, like=params)
+    weights, gradients = mask_replicas(living, w), mask_replicas(living, g)
+    # `rms` masks by itself: on CPUs no mask, or factor for all, fuses with a sum.
+    gradient_rms = rms(scale(jnp.where(living, 1 / unit, 0.0), g), living)
+    weight_rms = rms(w, living)
     dtype, rounding = weight_rms.dtype, 8 * jnp.finfo(weight_rms.dtype).eps
     c = jnp.where(living, jnp.clip(c, 0.0, 1.0), 0.0).astype(dtype)
 
     # 1. G^ = G / rms(G)
-    normalized = scale(reciprocal(gradient_rms), gradients)
+    normalized = scale(reciprocal(gradient_rms), divide(gradients, unit))
 
     # 2. T = W - s sigma G^; differences that rounding explains are none
-    spread = rms(deviations(weights, living), living)
+    mean = replica_mean(weights, living)
+    spread = rms(jax.tree.map(lambda x, m: x - m[None], w, mean), living)
     identical = spread <= rounding * weight_rms
     sigma = jnp.where(identical, positive(weight_rms), spread)
     target = subtract(weights, scale(s.astype(dtype) * sigma, normalized))
@@ -216,12 +216,12 @@ def _step(
 
     def mix(original: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
         update = times(of_pull, p) + times(of_gradient, g)
+        if normalize_updates and leaf_dtype(original) == update.dtype:
+            return update  # which cannot overflow
         limit = float(jnp.finfo(leaf_dtype(original)).max)
         update = jnp.clip(update, -limit, limit).astype(leaf_dtype(original))
-        if normalize_updates:
-            return update
-        free = broadcast_to_leaf(living & (c == 0), original)
-        return jnp.where(free, original, update)  # bit for bit
+        free = broadcast_to_leaf((c == 0) & living, original)
+        return update if normalize_updates else jnp.where(free, original, update)
 
     return jax.tree.map(mix, updates, pull, normalized), PranamState(
         count=optax.safe_increment(state.count),
