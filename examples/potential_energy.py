@@ -9,7 +9,8 @@
 - H2O (988 geometries): a Morse function of each bond, a harmonic bend and the product
   of the stretches, 7 parameters; and a 3-4-1 tanh network, 21 parameters.
 
-A run succeeds if its RMSE is within 1 % of the lowest that any method found.
+A run succeeds if its RMSE is within 1 % of the lowest that any method found, in this
+run of the script or, in the wide box, in any.
 """
 
 import argparse
@@ -44,6 +45,8 @@ FILES = {
     ),
 }
 KCAL_PER_HARTREE = 627.509474
+# In the wide box, where few runs come near it.
+LOWEST_KNOWN = {"H2+, 3 Gaussians, wide box": 0.000302996}
 
 
 class Fit(NamedTuple):
@@ -184,7 +187,8 @@ def study(fit: Fit, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 
 def table(name: str, row: dict[str, Any]) -> list[str]:
-    lowest = min(np.nanmin(values) for values in row["errors"].values())
+    found = [np.nanmin(values) for values in row["errors"].values()]
+    lowest = min(*found, LOWEST_KNOWN.get(name, np.inf))
     lines = []
     for method, values in row["errors"].items():
         hit = values < 1.01 * lowest

@@ -14,6 +14,7 @@ from pranam_optax._replicas import alive, as_key, zero_counts
 from pranam_optax._sharding import auto_axes
 from pranam_optax._tree import (
     PyTree,
+    away_from,
     broadcast_to_leaf,
     cast,
     check_replicas,
@@ -195,8 +196,7 @@ def _step(
     normalized = scale(reciprocal(gradient_rms), divide(gradients, unit))
 
     # 2. T = W - s sigma G^; differences that rounding explains are none
-    mean = replica_mean(weights, living)
-    spread = rms(jax.tree.map(lambda x, m: x - m[None], w, mean), living)
+    spread = rms(away_from(replica_mean(weights, living), w), living)
     identical = spread <= rounding * weight_rms
     sigma = jnp.where(identical, positive(weight_rms), spread)
     target = subtract(weights, scale(s.astype(dtype) * sigma, normalized))
@@ -220,8 +220,9 @@ def _step(
             return update  # which cannot overflow
         limit = float(jnp.finfo(leaf_dtype(original)).max)
         update = jnp.clip(update, -limit, limit).astype(leaf_dtype(original))
-        free = broadcast_to_leaf((c == 0) & living, original)
-        return update if normalize_updates else jnp.where(free, original, update)
+        # Without coupling, and not normalised, the gradient itself, bit for bit.
+        free = living & (c == 0) & (not normalize_updates)
+        return jnp.where(broadcast_to_leaf(free, original), original, update)
 
     return jax.tree.map(mix, updates, pull, normalized), PranamState(
         count=optax.safe_increment(state.count),

@@ -169,7 +169,7 @@ def scale(factor: jax.Array, tree: PyTree) -> PyTree:
 
 
 def divide(tree: PyTree, unit: jax.Array) -> PyTree:
-    """A tree over its `largest_entry`, as a product, which is several times faster."""
+    """A tree over its `largest_entry`, as a product: quotients are slower."""
     return scale(1 / unit, tree)
 
 
@@ -268,8 +268,12 @@ def replica_mean(tree: PyTree, living: jax.Array) -> PyTree:
 def deviations(tree: PyTree, living: jax.Array, mean: PyTree = None) -> PyTree:
     """The living replicas' distances from their mean, or from a given one."""
     mean = replica_mean(tree, living) if mean is None else mean
-    moved = jax.tree.map(lambda x, m: x - m[None], tree, mean)
-    return mask_replicas(living, moved)
+    return mask_replicas(living, away_from(mean, tree))
+
+
+def away_from(mean: PyTree, tree: PyTree) -> PyTree:
+    """All replicas' distances from one model's params."""
+    return jax.tree.map(lambda x, m: x - m[None], tree, mean)
 
 
 def gram(tree: PyTree) -> jax.Array:
