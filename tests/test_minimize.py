@@ -361,11 +361,11 @@ def test_result_exports():
     assert table["replica"] == [0, 1, 2, 3]
     assert table["minimum"] == [0, 1, 0, -1]
     assert table["x[0]"][:3] == [1.0, 3.0, 1.0]
-    assert "found by 2 of 4 replicas" in repr(result)
+    assert "found by 3 of 4 replicas, in 2 arrangements\n" in repr(result)
     assert "x[1]       2" in repr(result)
     ones = jnp.ones(40)
     many = make_result(params=ones, replica_params=jnp.ones((4, 40)), scale=ones)
-    assert "... 10 more" in repr(many)
+    assert "... 30 more" in repr(many)
 
 
 def test_parameters_may_have_the_names_of_columns():
@@ -429,9 +429,12 @@ def test_plot_shows_curves_and_minima():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     figure = make_result().plot()
-    curves, minima = figure.axes
+    curves, waterfall = figure.axes
     assert len(curves.lines) == 4 + 2
-    assert len(minima.collections[0].get_offsets()) == 2
+    # Start values first, then four replicas a step.
+    np.testing.assert_array_equal(curves.lines[0].get_xdata(), 16 + 4 * np.arange(1, 4))
+    values = waterfall.lines[0].get_ydata()
+    np.testing.assert_array_equal(values[:3], sorted(values[:3]))
     matplotlib.pyplot.close(figure)
 
 
@@ -456,17 +459,8 @@ def x_in(low, high):
         (None, None, "pass init, or bounds"),
         (None, x_in(-3, INF), "without init, bounds must be finite"),
         ({}, None, "init has no leaves"),
-        # SciPy's form, which could be read as a pair of rows.
-        (
-            jnp.array([0.5, 3.0]),
-            [(0, 1), (2, 5)],
-            r"bounds has a side .* \(0, 1\), .* \(low_array, high_array\)",
-        ),
-        (
-            jnp.ones(3),
-            [(0, 2)] * 3,
-            "bounds must be a pair .* one pair for the whole leaf",
-        ),
+        (jnp.ones((2, 2)), [(0, 1), (2, 5)], r"bounds has a side .* \(0, 1\)"),
+        (jnp.ones(3), [(0, 2)] * 2, r"bounds has a side .* \(0, 2\)"),
         (ONE, x_in(0, None), rf"{X} has a side .* None, .* jnp.inf for no bound"),
         (None, x_in(None, 1), rf"{X} has a side .* None, .* jnp.inf for no bound"),
         (ONE, x_in(0, 1e300), rf"{X} goes beyond the largest float32 .* use jnp.inf"),

@@ -14,3 +14,5 @@ from pranam_optax.fitting._polish import second_order as second_order
 from pranam_optax.fitting._result import FitResult as FitResult
 from pranam_optax.fitting._result import MinimizeResult as MinimizeResult
 from pranam_optax.fitting._result import Minimum as Minimum
+from pranam_optax.fitting._result import Run as Run
+from pranam_optax.fitting._scipy import scipy_method as scipy_method

@@ -218,6 +218,7 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
         check_params(shapes, "bounds")
     else:
         shapes = like
+        bounds = _from_scipy(bounds, like)
     if bounds is None:
         bounds = jax.tree.map(lambda _: (-jnp.inf, jnp.inf), shapes)
     treedef: Any = jax.tree.structure(shapes)
@@ -245,6 +246,23 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
         lows.append(jnp.broadcast_to(jnp.asarray(low, dtype), shape))
         highs.append(jnp.broadcast_to(jnp.asarray(high, dtype), shape))
     return Bounds(treedef.unflatten(lows), treedef.unflatten(highs))
+
+
+def _from_scipy(bounds: PyTree, like: PyTree) -> PyTree:
+    """A pair, from SciPy's list of pairs or `Bounds` if the params are one vector."""
+    if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
+        bounds = (bounds.lb, bounds.ub)
+    pairs = (
+        isinstance(bounds, (list, tuple))
+        and bool(bounds)
+        and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in bounds)
+    )
+    if not (pairs and hasattr(like, "shape") and like.shape == (len(bounds),)):
+        return bounds
+    return tuple(
+        np.array([none if x is None else x for x in side])
+        for none, side in zip((-np.inf, np.inf), zip(*bounds, strict=True), strict=True)
+    )
 
 
 def _check_pair(where: str, pair: Any) -> None:

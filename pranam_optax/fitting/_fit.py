@@ -16,6 +16,7 @@ from pranam_optax.fitting._coordinates import broadcasts_to, working_dtype
 from pranam_optax.fitting._minimize import Callback, Options, search
 from pranam_optax.fitting._polish import Function, Polish, power_of_two, second_order
 from pranam_optax.fitting._result import FitResult
+from pranam_optax.fitting._runs import Budget
 from pranam_optax.fitting._trace import as_partial, call, vector_function
 
 Model = Callable[[PyTree, Any], jax.Array]
@@ -42,7 +43,11 @@ def fit(
     coupling: Coupling | None = None,
     polish: Polish | None = second_order(),  # noqa: B008
     callback: Callback | None = None,
+    callback_every: int | None = None,
     progress: bool = False,
+    max_evaluations: int | None = None,
+    time_limit: float | None = None,
+    target: float | None = None,
 ) -> FitResult:
     r"""Fits a model to data, from random starts, with the errors of its parameters.
 
@@ -78,7 +83,11 @@ def fit(
       polish: as in `minimize`; the default is Levenberg-Marquardt for least squares
         (needs optimistix, in the extra `fit`) and L-BFGS with a `loss`.
       callback: as in `minimize`.
+      callback_every: as in `minimize`.
       progress: as in `minimize`.
+      max_evaluations: as in `minimize`.
+      time_limit: as in `minimize`.
+      target: as in `minimize`: of chi-square, or of the sum of the losses.
 
     Returns:
       A `FitResult`. In float64 (`jax.config.update("jax_enable_x64", True)`) params
@@ -104,7 +113,16 @@ def fit(
       3.000 1.500
     """
     options = Options(
-        key, num_replicas, num_steps, optimizer, coupling, polish, callback, progress
+        key,
+        num_replicas,
+        num_steps,
+        optimizer,
+        coupling,
+        polish,
+        callback,
+        progress,
+        Budget(max_evaluations, time_limit, target),
+        callback_every,
     )
     x, y, sigma = _check_data(x, y, sigma)
     model = as_partial(model)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,52 +12,60 @@ import numpy as np
 import optax
 from jax.tree_util import Partial, all_leaves
 
-from pranam_optax._pranam import Coupling, pranam
+from pranam_optax._pranam import Coupling
 from pranam_optax._replicas import as_key
 from pranam_optax._sharding import with_auto_axes
-from pranam_optax._tree import PyTree, check_count, is_traced, largest_magnitudes, scale
+from pranam_optax._tree import PyTree, check_count, is_traced
 from pranam_optax.fitting._coordinates import (
     Bounds,
-    Coordinates,
     check_params,
     check_within,
     draw_around,
-    make_coordinates,
     parse_bounds,
     working_dtype,
 )
+from pranam_optax.fitting._coupled import (
+    TRIES,
+    Carry,
+    Method,
+    Problem,
+    Start,
+    advance,
+    begin,
+    begin_at,
+    falls,
+    lowest_index,
+    make_method,
+    pick,
+)
 from pranam_optax.fitting._polish import Function, Polish, check_polish, second_order
+from pranam_optax.fitting._restarts import restart
 from pranam_optax.fitting._result import MinimizeResult
+from pranam_optax.fitting._runs import LANES, Budget, Search, Settings
 from pranam_optax.fitting._trace import (
     call,
     scalar_function,
-    standard_promotion,
     trace,
     vector_function,
 )
 
-# Random starts tried per replica, to replace those where the function is not finite.
-_TRIES = 4
-# The lowest and the highest rate of a replica, in scales of the coordinates.
-_RATES = 0.01, 0.3
 # Largest number of chunks that the coupled phase is cut into for callbacks.
 _NUM_CHUNKS = 20
-# In scales from the starts: where a function that still falls has no minimum.
-_FAR = 100.0
 
 
 class Progress(NamedTuple):
     """What a callback of `minimize` and `fit` sees.
 
     Attributes:
-      step: steps of the coupled phase done so far.
-      num_steps: steps of the coupled phase in all.
-      params: where each replica has seen its lowest value, stacked.
-      values: the lowest value each replica has seen, `[R]`.
+      step: steps of the coupled phase done so far; with a budget, evaluations.
+      num_steps: steps of the coupled phase in all; with a budget, `max_evaluations`.
+      params: where each replica has seen its lowest value, stacked; with a budget, the
+        best params, stacked with R = 1.
+      values: the values there, `[R]`.
     """
 
     step: int
-    num_steps: int
+    num_steps: int | None
     params: PyTree
     values: jax.Array
 
@@ -75,64 +84,8 @@ class Options(NamedTuple):
     polish: Polish | None
     callback: Callback | None
     progress: bool
-
-
-class _Problem(NamedTuple):
-    """What is minimised: a pytree of numbers, functions included.
-
-    Attributes:
-      fun: the value at one model's params.
-      residuals: of one model's params, if the value is the sum of their squares.
-      first: the start that the user gave.
-      unit: what values are multiplied by when they are reported.
-    """
-
-    fun: Partial
-    residuals: Partial | None
-    first: PyTree | None
-    unit: jax.Array
-
-
-class _Method(NamedTuple):
-    """How the replicas move: a pytree of numbers, functions included.
-
-    Attributes:
-      key: of the embedding.
-      coupling: for a count of steps.
-      init: state of the optimizer, for stacked coordinates.
-      update: `(gradients, state, coordinates, values)` to updates and state.
-    """
-
-    key: jax.Array
-    coupling: Partial
-    init: Partial
-    update: Partial
-
-    def link(self) -> optax.GradientTransformationExtraArgs:
-        return pranam(coupling=self.coupling, key=self.key)
-
-
-class _Start(NamedTuple):
-    """The starts tried, and coordinates of the replicas that begin at some of them."""
-
-    coordinates: Coordinates
-    params: PyTree
-    values: jax.Array
-    z: PyTree
-
-
-class _Carry(NamedTuple):
-    """The replicas in their coordinates, and the lowest point each has seen.
-
-    Their params are carried along, as otherwise XLA computes them anew for each of the
-    data.
-    """
-
-    z: PyTree
-    params: PyTree
-    states: tuple[optax.OptState, optax.OptState]
-    best_z: PyTree
-    best_values: jax.Array
+    budget: Budget = Budget()
+    callback_every: int | None = None
 
 
 @with_auto_axes
@@ -148,7 +101,11 @@ def minimize(
     bounds: PyTree | None = None,
     polish: Polish | None = second_order(),  # noqa: B008
     callback: Callback | None = None,
+    callback_every: int | None = None,
     progress: bool = False,
+    max_evaluations: int | None = None,
+    time_limit: float | None = None,
+    target: float | None = None,
 ) -> MinimizeResult:
     r"""Searches for the global minimum of a function of any pytree.
 
@@ -165,9 +122,19 @@ def minimize(
     from the lowest point that it has seen and from its start, and keeps the lower of
     the two.
 
-    The whole run is one compiled program, cut into chunks for a callback or the
-    progress bar. `fun` is traced at every call, so that it may use data that change
-    from call to call; programs are compiled once for the same computation and shapes.
+    With a budget (`max_evaluations`, `time_limit` or `target`) the search is made of
+    runs, and what all of them found is kept. Three kinds of runs share the cost like
+    9 : 3 : 1, in the order of the best values that they have found so far: coupled runs
+    as above, from `num_steps / 8` steps on, each twice as long as the one before, after
+    which the differences between the replicas are added to the best points; populations
+    of CMA-ES [1]_, each twice as large; and L-BFGS from the lowest of random points.
+    The same key gives the same result, unless time decides.
+
+    Without one, the whole run is one compiled program, cut into chunks for a callback
+    or the progress bar.
+
+    `fun` is traced at every call, so that it may use data that change from call to
+    call; programs are compiled once for the same computation and shapes.
     It may be called under `jax.jit` and `jax.vmap`, where starts, bounds and data are
     not checked for values that cannot be used.
 
@@ -186,11 +153,20 @@ def minimize(
       coupling: of `pranam`: 0.0 for independent replicas, a schedule or one value per
         replica.
       bounds: a pair `(low, high)` for each leaf of the params, of numbers or arrays
-        that broadcast to the leaf; either side may be infinite.
+        that broadcast to the leaf; either side may be infinite. If the params are one
+        vector, SciPy's list of pairs too.
       polish: the refinement, such as `fitting.lbfgs(max_steps=500)`, or None for none.
-      callback: called with a `Progress` after each of at most 20 chunks of equal
-        length; return True to end the coupled phase early.
+      callback: called with a `Progress` now and then; return True to end the coupled
+        phase, or the search with a budget.
+      callback_every: steps between two calls, by default a 20th of all; with a budget,
+        evaluations, by default as many as a compiled call makes.
       progress: whether to show a progress bar (needs tqdm).
+      max_evaluations: of `fun`, one with its gradient counted once. With this or one of
+        the next two, runs restart until it is reached (see above). The last step may
+        go beyond it by what the replicas take.
+      time_limit: in seconds, compilation included. Checked between compiled calls,
+        whose length is adapted to it.
+      target: a value of `fun` that is good enough.
 
     Returns:
       A `MinimizeResult`.
@@ -200,6 +176,10 @@ def minimize(
         starts that are not finite or outside the bounds, a `fun` that does not return
         a scalar or is not finite at any start, or arguments out of range.
       TypeError: for params that are not real floats.
+
+    References:
+      .. [1] N. Hansen, `The CMA evolution strategy: A tutorial
+        <https://arxiv.org/abs/1604.00772>`_, 2016.
 
     Examples:
       >>> import jax.numpy as jnp, pranam_optax
@@ -215,7 +195,16 @@ def minimize(
       [-0.09, 0.09]
     """
     options = Options(
-        key, num_replicas, num_steps, optimizer, coupling, polish, callback, progress
+        key,
+        num_replicas,
+        num_steps,
+        optimizer,
+        coupling,
+        polish,
+        callback,
+        progress,
+        Budget(max_evaluations, time_limit, target),
+        callback_every,
     )
     return search(fun, None, init, bounds, options)
 
@@ -233,27 +222,83 @@ def search(
         num_replicas=check_count(options.num_replicas, "num_replicas"),
         num_steps=check_count(options.num_steps, "num_steps"),
     )
+    if options.callback_every is not None:
+        check_count(options.callback_every, "callback_every")
     polish = options.polish
     check_polish(polish, residuals is not None)
     start_key, key = jax.random.split(as_key(options.key))
     first, draw, box = _make_starts(init, bounds, start_key)
-    problem = _Problem(
+    problem = Problem(
         _make_function(fun, box.low),
         residuals and vector_function(residuals, box.low),
         first,
         jnp.asarray(unit, working_dtype()),
     )
-    with standard_promotion():
-        optimizer = _make_optimizer(box.low, options)
-        method = _Method(key, _make_coupling(options), *optimizer)
+    if options.budget != Budget():
+        return _search_within(problem, draw, box, start_key, key, options)
+    method = make_method(
+        box.low,
+        key,
+        options.num_replicas,
+        options.num_steps,
+        options.optimizer,
+        options.coupling,
+    )
 
-    keys = jax.random.split(start_key, _TRIES * options.num_replicas)
-    start = call(_begin, problem.fun, draw, first, box, keys)
+    keys = jax.random.split(start_key, TRIES * options.num_replicas)
+    start = call(begin, problem.fun, draw, first, box, keys)
     _check_start(start, box)
-    carry = call(_start_carry, method, start)
+    carry = call(begin_at, method, start.coordinates, start.z)
     carry, history = _explore(problem, method, start, carry, options)
     result = call(_finish, problem, polish and Partial(polish), start, carry, history)
     return dataclasses.replace(result, checked=not is_traced(start.values))
+
+
+def _search_within(
+    problem: Problem,
+    draw: Partial,
+    box: Bounds,
+    start_key: jax.Array,
+    key: jax.Array,
+    options: Options,
+) -> MinimizeResult:
+    """The search with a budget."""
+    limit, seconds, target = options.budget
+    if limit is not None:
+        limit = check_count(limit, "max_evaluations")
+    for name, number in [("time_limit", seconds), ("target", target)]:
+        if number is not None and not np.isfinite(number):
+            raise ValueError(f"{name} must be a finite number, got {number!r}")
+    num_starts = TRIES * (options.num_replicas if limit is None else LANES)
+    keys = jax.random.split(start_key, max(num_starts, TRIES * LANES))
+    budget = Budget(limit, seconds, target)
+    began = time.monotonic()
+    start = call(begin, problem.fun, draw, problem.first, box, keys)
+    if is_traced(start.values):
+        raise ValueError(
+            "max_evaluations, time_limit and target cannot be used under jax.jit or "
+            "jax.vmap: the search is more than one compiled program"
+        )
+    _check_start(start, box)
+    settings = Settings(*options[1:6])
+    search = Search(problem, draw, start, settings, budget, began)
+    every, called = options.callback_every or 1, 0
+    with _progress_bar(limit) if options.progress else contextlib.nullcontext() as bar:
+
+        def watch(search: Search) -> bool | None:
+            nonlocal called
+            value = search.value * problem.unit
+            if bar is not None:
+                bar.update(search.num_evaluations - bar.n)
+                bar.set_postfix(value=f"{float(value):.6g}")
+            if options.callback is None or search.num_evaluations < called + every:
+                return False
+            called = search.num_evaluations
+            params = start.coordinates.to_params(search.z)
+            stacked = jax.tree.map(lambda x: x[None], params)
+            return options.callback(Progress(called, limit, stacked, value[None]))
+
+        return restart(search, key, watch)
 
 
 def _make_starts(
@@ -291,70 +336,7 @@ def _make_function(fun: Function, params: PyTree) -> Partial:
     return scalar_function(lambda p: jnp.asarray(fun(p)).astype(dtype), params)
 
 
-def _make_coupling(options: Options) -> Partial:
-    if callable(options.coupling):
-        return trace(options.coupling, jnp.zeros([], jnp.int32))
-    if options.coupling is not None:
-        pranam(coupling=options.coupling)  # checks it
-        return Partial(_constant, value=jnp.asarray(options.coupling))
-    return Partial(_release, end=max(int(0.6 * options.num_steps), 1))
-
-
-def _constant(count: jax.Array, value: jax.Array) -> jax.Array:
-    del count
-    return value
-
-
-def _release(count: jax.Array, end: jax.Array) -> jax.Array:
-    return jnp.maximum(0.0, 1 - count / end)
-
-
-def _adam(num_replicas: int, num_steps: int) -> optax.GradientTransformation:
-    """Adam with another rate for each replica."""
-    low, high = _RATES
-    place = (jnp.arange(num_replicas) + 0.5) / num_replicas
-    rates = low * (high / low) ** place
-    return optax.chain(
-        optax.scale_by_adam(),
-        optax.stateless(lambda updates, _: scale(rates, updates)),
-        optax.scale_by_learning_rate(optax.cosine_decay_schedule(1.0, num_steps)),
-    )
-
-
-def _make_optimizer(params: PyTree, options: Options) -> tuple[Partial, Partial]:
-    optimizer = options.optimizer
-    if optimizer is None:
-        optimizer = _adam(options.num_replicas, options.num_steps)
-    tx = optax.with_extra_args_support(optimizer)
-    dtype = working_dtype()
-    z = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((options.num_replicas, *x.shape), dtype), params
-    )
-    values = jax.ShapeDtypeStruct((options.num_replicas,), dtype)
-    init = trace(tx.init, z)
-    update = trace(
-        lambda g, state, z, values: tx.update(g, state, z, values=values),
-        *(z, jax.eval_shape(init, z), z, values),
-    )
-    return init, update
-
-
-def _begin(
-    fun: Partial, draw: Partial, first: PyTree | None, bounds: Bounds, keys: jax.Array
-) -> _Start:
-    """Draws the starts, and replaces those where the function is not finite."""
-    params = jax.vmap(draw)(keys)
-    if first is not None:
-        params = jax.tree.map(lambda x, y: x.at[0].set(y), params, first)
-    coordinates = make_coordinates(params, bounds)
-    z = jax.vmap(coordinates.from_params)(params)
-    values = jax.vmap(lambda z: fun(coordinates.to_params(z)))(z)
-    finite_first = jnp.argsort(~jnp.isfinite(values), stable=True)
-    z = _pick(z, finite_first[: len(keys) // _TRIES])
-    return _Start(coordinates, params, values, z)
-
-
-def _check_start(start: _Start, bounds: Bounds) -> None:
+def _check_start(start: Start, bounds: Bounds) -> None:
     """Raises for starts that cannot be used, unless they are traced."""
     if is_traced(start.values):
         return
@@ -369,20 +351,13 @@ def _check_start(start: _Start, bounds: Bounds) -> None:
         )
 
 
-def _start_carry(method: _Method, start: _Start) -> _Carry:
-    params = jax.vmap(start.coordinates.to_params)(start.z)
-    states = method.link().init(start.z), method.init(start.z)
-    values = jnp.full(len(start.values) // _TRIES, jnp.inf, start.values.dtype)
-    return _Carry(start.z, params, states, start.z, values)
-
-
 def _explore(
-    problem: _Problem,
-    method: _Method,
-    start: _Start,
-    carry: _Carry,
+    problem: Problem,
+    method: Method,
+    start: Start,
+    carry: Carry,
     options: Options,
-) -> tuple[_Carry, jax.Array]:
+) -> tuple[Carry, jax.Array]:
     """The coupled phase, in chunks if somebody watches."""
     total, callback = options.num_steps, options.callback
     watched = callback is not None or options.progress
@@ -391,63 +366,33 @@ def _explore(
             "callback and progress cannot be used under jax.jit or jax.vmap: they run "
             "between compiled programs"
         )
-    length = -(-total // _NUM_CHUNKS) if watched else total
+    length = options.callback_every or -(-total // _NUM_CHUNKS) if watched else total
+    length = min(length, total)
+    empty = jnp.zeros((length, options.num_replicas), start.values.dtype)
     history = []
     with _progress_bar(total) if options.progress else contextlib.nullcontext() as bar:
         for step in range(0, total, length):
-            steps = jnp.arange(step, min(step + length, total))
+            num = min(length, total - step)
             carry, values = call(
-                _advance, problem.fun, method, start.coordinates, carry, steps
+                advance, problem.fun, method, start.coordinates, carry, empty, num
             )
-            history.append(values)
+            history.append(values[:num])
             best = carry.best_values * problem.unit
             if bar is not None:
-                bar.update(len(steps))
+                bar.update(num)
                 bar.set_postfix(value=f"{float(jnp.nanmin(best)):.6g}")
             params = jax.vmap(start.coordinates.to_params)(carry.best_z)
-            progress = Progress(step + len(steps), total, params, best)
+            progress = Progress(step + num, total, params, best)
             if callback is not None and callback(progress):
                 break
     return carry, jnp.concatenate(history)
 
 
-def _advance(
-    fun: Partial,
-    method: _Method,
-    coordinates: Coordinates,
-    carry: _Carry,
-    steps: jax.Array,
-) -> tuple[_Carry, jax.Array]:
-    """The coupled phase for as many steps, and the values before each."""
-    link = method.link()
-    to_params = jax.vmap(coordinates.to_params)
-    grad_fn = jax.vmap(jax.value_and_grad(fun))
-
-    def step(carry: _Carry, _: jax.Array) -> tuple[_Carry, jax.Array]:
-        values, grads = grad_fn(carry.params)
-        (grads,) = jax.vjp(to_params, carry.z)[1](grads)
-        lower = values < carry.best_values
-        best_z = jax.vmap(optax.tree.where)(lower, carry.z, carry.best_z)
-        best_values = jnp.where(lower, values, carry.best_values)
-        # Each replica counts the same, however steep its part of the landscape.
-        updates, coupled = link.update(_unit_gradients(grads), carry.states[0], carry.z)
-        updates, state = method.update(updates, carry.states[1], carry.z, values)
-        z = optax.apply_updates(carry.z, updates)
-        return _Carry(z, to_params(z), (coupled, state), best_z, best_values), values
-
-    return jax.lax.scan(step, carry, steps)
-
-
-def _unit_gradients(grads: PyTree) -> PyTree:
-    largest = largest_magnitudes(grads)
-    return scale(jnp.where(largest == 0, 1.0, 1 / largest), grads)
-
-
 def _finish(
-    problem: _Problem,
+    problem: Problem,
     polish: Partial | None,
-    start: _Start,
-    carry: _Carry,
+    start: Start,
+    carry: Carry,
     history: jax.Array,
 ) -> MinimizeResult:
     """Polishes, and gathers what was found."""
@@ -471,10 +416,10 @@ def _finish(
 
     # Of its candidates, each replica keeps the lowest.
     num_replicas = history.shape[1]
-    lowest = _lowest(values.reshape(-1, num_replicas))
+    lowest = lowest_index(values.reshape(-1, num_replicas))
     index = lowest * num_replicas + jnp.arange(num_replicas)
-    z, values = _pick((candidates, values), index)
-    unbounded = _falls(fun, coordinates, _pick(z, _lowest(values)))
+    z, values = pick((candidates, values), index)
+    unbounded = falls(fun, coordinates, pick(z, lowest_index(values)))
     params = jax.vmap(coordinates.to_params)(z)
     if problem.first is not None:
         # The user's start itself: its coordinates may lie beside a bound.
@@ -483,9 +428,9 @@ def _finish(
         params = jax.vmap(optax.tree.where, (0, None, 0))(better, problem.first, params)
         values = jnp.where(better, value, values)
         num_evaluations += 1
-    best = _lowest(values)
+    best = lowest_index(values)
     return MinimizeResult(
-        params=_pick(params, best),
+        params=pick(params, best),
         value=values[best] * unit,
         replica_params=params,
         replica_values=values * unit,
@@ -497,29 +442,7 @@ def _finish(
     )
 
 
-def _lowest(values: jax.Array) -> jax.Array:
-    """Where the lowest value is along axis 0; NaN never wins."""
-    return jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values), axis=0)
-
-
-def _pick(tree: PyTree, index: jax.Array) -> PyTree:
-    return jax.tree.map(lambda x: x[index], tree)
-
-
-def _falls(fun: Function, coordinates: Coordinates, z: PyTree) -> jax.Array:
-    """Whether a point is far from the starts, and the function lower twice as far."""
-
-    def unboxed(low: jax.Array, high: jax.Array, z: jax.Array) -> jax.Array:
-        return jnp.where(jnp.isfinite(low) & jnp.isfinite(high), 0.0, z)
-
-    distance = jax.tree.map(unboxed, *coordinates.bounds, z)
-    value, further = fun(z), fun(optax.tree.add(z, distance))
-    far = optax.tree.norm(distance, ord="inf") > _FAR
-    falls = further < value - 1e-5 * jnp.abs(value)
-    return (far & falls) | (value == -jnp.inf)
-
-
-def _progress_bar(total: int) -> Any:
+def _progress_bar(total: int | None) -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:

@@ -17,7 +17,7 @@ def _pyplot() -> Any:
 
 
 def plot_result(result: Any) -> Any:
-    """Loss curves and minima of a `MinimizeResult`."""
+    """Value over evaluations, and a waterfall, of a `MinimizeResult`."""
     figure, axes = _pyplot().subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     _plot_history(axes[0], result)
     _plot_minima(axes[1], result)
@@ -25,7 +25,7 @@ def plot_result(result: Any) -> Any:
 
 
 def plot_fit(result: Any) -> Any:
-    """Loss curves, minima, and the fit over its residuals, of a `FitResult`."""
+    """The search, a waterfall, and the fit over its residuals, of a `FitResult`."""
     figure, axes = _pyplot().subplot_mosaic(
         [["history", "fit"], ["minima", "residuals"]],
         figsize=(9, 6),
@@ -60,28 +60,28 @@ def plot_fit(result: Any) -> Any:
 
 
 def _plot_history(axes: Any, result: Any) -> None:
+    """Value over evaluations; of each replica, if they were recorded."""
     history = np.asarray(result.history)
     history = np.where(np.isfinite(history), history, np.nan)
-    axes.plot(history, color="0.7", linewidth=0.5)
+    if result.evaluations is None:
+        first = len(result.start_values)
+        evaluations = first + history.shape[1] * (1 + np.arange(len(history)))
+        axes.plot(evaluations, history, color="0.7", linewidth=0.5)
+    else:
+        evaluations = np.asarray(result.evaluations)[:, 0]
     with np.errstate(all="ignore"):
-        axes.plot(np.fmin.reduce(history, axis=1), label="lowest")
+        axes.plot(evaluations, np.fmin.reduce(history, axis=1), label="lowest")
     axes.axhline(float(result.value), color="C1", linestyle="--", label="polished")
-    axes.set(xlabel="step", ylabel="value", title="replicas")
+    axes.set(xlabel="evaluations", ylabel="value", title="search")
     if result.value > 0:
         axes.set_yscale("log")
     axes.legend()
 
 
 def _plot_minima(axes: Any, result: Any) -> None:
-    minima = result.minima[:20]
-    axes.scatter(
-        range(1, len(minima) + 1),
-        [minimum.value for minimum in minima],
-        s=[20 * minimum.num_replicas for minimum in minima],
-        alpha=0.6,
-    )
-    for i, minimum in enumerate(minima, 1):
-        axes.annotate(str(minimum.num_replicas), (i, minimum.value))
-    axes.set(xlabel="minimum", ylabel="value", title="minima, with numbers of replicas")
-    if minima and minima[0].value > 0:
+    """A waterfall: sorted final values, steps of which are minima."""
+    values = np.sort(np.asarray(result.replica_values))
+    axes.plot(1 + np.arange(len(values)), values, ".-")
+    axes.set(xlabel="replica, sorted", ylabel="final value", title="waterfall")
+    if len(values) and values[0] > 0:
         axes.set_yscale("log")

@@ -14,6 +14,11 @@ from pranam_optax._tree import PyTree, check_count, largest_magnitudes
 
 Function = Callable[[PyTree], jax.Array]
 
+# A descent ends after so many steps in a row that gain nothing.
+PATIENCE = 2
+# Numbers that L-BFGS may remember of each replica, unless ten steps are more.
+_MEMORY = 100_000
+
 
 class Polished(NamedTuple):
     """Stacked params, and how many evaluations of the function they took, `[R]`."""
@@ -75,40 +80,118 @@ class _LBFGS(_Polish):
     def __call__(
         self, fun: Function, residuals: Function | None, params: PyTree
     ) -> Polished:
-        tx = per_replica(optax.lbfgs())
-        unit = _typical_slope(fun, params)
-
-        def scaled(params: PyTree) -> jax.Array:
-            return fun(params) / unit
-
-        grad_fn = replica_value_and_grad(scaled)
-        state = tx.init(params)
-
-        def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            count, params, state, evaluations, last, _ = carry
-            values, grads = grad_fn(params)
-            updates, state = tx.update(
-                grads, state, params, values=values, grad=grads, value_fn=scaled
-            )
-            searches = optax.tree.get(state, "num_linesearch_steps")
-            gained = last - values > 4 * jnp.finfo(values.dtype).eps * jnp.abs(values)
-            params = optax.apply_updates(params, updates)
-            evaluations = evaluations + 1 + searches.astype(jnp.int32)
-            return count + 1, params, state, evaluations, values, jnp.any(gained)
-
-        def unfinished(carry: tuple[Any, ...]) -> jax.Array:
-            count, *_, gained = carry
-            return (count < self.max_steps) & gained
-
-        values = jax.vmap(scaled)(params)
-        zeros = jnp.zeros(values.shape, jnp.int32)
-        last = jnp.full_like(values, jnp.inf)
-        carry = (0, params, state, zeros, last, jnp.array(True))
-        _, params, _, evaluations, _, _ = jax.lax.while_loop(unfinished, step, carry)
-        return Polished(params, evaluations)
+        unit = typical_slope(fun, params)
+        start = begin_descents(fun, params, unit)
+        end, _ = descend(fun, start, unit, jnp.arange(self.max_steps))
+        return Polished(end.params, end.num_evaluations)
 
 
-def _typical_slope(fun: Function, params: PyTree) -> jax.Array:
+class Descents(NamedTuple):
+    """Descents by L-BFGS in progress, one per row.
+
+    Attributes:
+      params: where they are.
+      values: there, in units of the slope.
+      grads: likewise.
+      state: of the optimizer.
+      idle: for how many steps each has gained nothing.
+      num_evaluations: of each.
+    """
+
+    params: PyTree
+    values: jax.Array
+    grads: PyTree
+    state: optax.OptState
+    idle: jax.Array
+    num_evaluations: jax.Array
+
+    @property
+    def active(self) -> jax.Array:
+        """Which of them still gain."""
+        return self.idle < PATIENCE
+
+
+def _lbfgs(params: PyTree) -> optax.GradientTransformationExtraArgs:
+    """L-BFGS that remembers the whole curvature of a small model."""
+    num_replicas = len(jax.tree.leaves(params)[0])
+    size = sum(x.size for x in jax.tree.leaves(params)) // num_replicas
+    memory = min(3 * size, _MEMORY // size, 60)
+    return per_replica(optax.lbfgs(memory_size=max(memory, 10)))
+
+
+def begin_descents(fun: Function, params: PyTree, unit: jax.Array) -> Descents:
+    """Descents from stacked params; `unit` is that of `typical_slope`."""
+    values, grads = replica_value_and_grad(lambda p: fun(p) / unit)(params)
+    state = _lbfgs(params).init(params)
+    idle = jnp.where(jnp.isfinite(values), 0, PATIENCE)
+    ones = jnp.ones(values.shape, jnp.int32)
+    return Descents(params, values, grads, state, idle, ones)
+
+
+def descend(
+    fun: Function,
+    start: Descents,
+    unit: jax.Array,
+    steps: jax.Array,
+    max_evaluations: jax.Array | float = jnp.inf,
+) -> tuple[Descents, jax.Array]:
+    """Descends for as many steps, or until nothing gains or the budget is spent.
+
+    Returns:
+      The descents, and after each step how many evaluations were made and the lowest
+      value, `[steps, 2]`; NaN after the last.
+    """
+    tx, size = _lbfgs(start.params), len(steps)
+
+    def scaled(params: PyTree) -> jax.Array:
+        return fun(params) / unit
+
+    def spent(now: Descents) -> jax.Array:
+        return jnp.sum(now.num_evaluations - start.num_evaluations)
+
+    def step(
+        carry: tuple[jax.Array, Descents, jax.Array],
+    ) -> tuple[jax.Array, Descents, jax.Array]:
+        count, old, history = carry
+        updates, state = tx.update(
+            old.grads,
+            old.state,
+            old.params,
+            values=old.values,
+            grad=old.grads,
+            value_fn=scaled,
+        )
+        # The line search has evaluated the point that it ends at.
+        values, grads = (optax.tree.get(state, name) for name in ("value", "grad"))
+        searches = optax.tree.get(state, "num_linesearch_steps").astype(jnp.int32)
+        least = 4 * jnp.finfo(values.dtype).eps * jnp.abs(values)
+        lower = old.active & (values < old.values)
+        gained = old.active & (old.values - values > least)
+        params = optax.apply_updates(old.params, updates)
+        params, values, grads = jax.vmap(optax.tree.where)(
+            lower, (params, values, grads), (old.params, old.values, old.grads)
+        )
+        new = Descents(
+            params,
+            values,
+            grads,
+            state,
+            jnp.where(gained, 0, old.idle + 1),
+            old.num_evaluations + jnp.where(old.active, searches, 0),
+        )
+        lowest = jnp.nanmin(new.values) * unit
+        return count + 1, new, history.at[count].set(jnp.stack([spent(new), lowest]))
+
+    def unfinished(carry: tuple[jax.Array, Descents, jax.Array]) -> jax.Array:
+        count, now, _ = carry
+        return (count < size) & jnp.any(now.active) & (spent(now) < max_evaluations)
+
+    empty = jnp.full((size, 2), jnp.nan, start.values.dtype)
+    carry = (jnp.array(0), start, empty)
+    return jax.lax.while_loop(unfinished, step, carry)[1:]
+
+
+def typical_slope(fun: Function, params: PyTree) -> jax.Array:
     """The size of the replicas' gradients: in units of it, no tolerance is absolute."""
     _, grads = replica_value_and_grad(fun)(params)
     largest = largest_magnitudes(grads)
@@ -151,6 +234,11 @@ class _LevenbergMarquardt(_Polish):
             return Polished(solution.value, jnp.asarray(steps, jnp.int32))
 
         return jax.vmap(refine)(params)
+
+
+def stops_anywhere(polish: Polish) -> bool:
+    """Whether the refinement is descent by L-BFGS, which can be interrupted."""
+    return isinstance(polish, (_LBFGS, _SecondOrder))
 
 
 def check_polish(polish: Polish | None, least_squares: bool) -> None:

@@ -18,7 +18,7 @@ from pranam_optax.fitting._plot import plot_fit, plot_result
 # rounding of the values at the starts, and their params to this part of the scale.
 _VALUE_TOLERANCE = 1e-5
 _PARAMS_TOLERANCE = 1e-2
-_MAX_ROWS = 30
+_MAX_ROWS = 10
 
 
 class Minimum(NamedTuple):
@@ -40,6 +40,20 @@ class Minimum(NamedTuple):
         return len(self.replicas)
 
 
+class Run(NamedTuple):
+    """One restart of a search with a budget.
+
+    Attributes:
+      kind: "coupled", "evolution" or "independent".
+      num_evaluations: what it has spent.
+      value: the lowest value that it has seen.
+    """
+
+    kind: str
+    num_evaluations: int
+    value: float
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class MinimizeResult:
@@ -54,10 +68,15 @@ class MinimizeResult:
       replica_values: their values, `[R]`.
       scale: like one model's params, the unit of distance between minima: half the
         width of the bounds, or the spread of the starts.
-      history: values of the replicas during the coupled phase, `[steps, R]`.
+      history: values of the replicas during the coupled phase, `[steps, R]`; with a
+        budget the lowest value so far after each step of all runs, `[steps, 1]`.
       start_values: values at all random starts tried, `[N]`; NaN or infinite where the
         start failed.
       num_evaluations: of `fun`, with or without its gradient or Jacobian.
+      evaluations: with a budget, of `fun` until each row of `history`, and of those the
+        ones with gradient, `[steps, 2]`; else None.
+      runs: with a budget, what each restart found.
+      ended: with a budget, what ended the search.
       unbounded: whether the best params are far from the starts and the function is
         lower still twice as far, so that it may have no minimum.
       checked: whether starts, bounds and data were checked. Under `jax.jit` and
@@ -73,6 +92,9 @@ class MinimizeResult:
     start_values: jax.Array
     num_evaluations: jax.Array
     unbounded: jax.Array
+    evaluations: jax.Array | None = None
+    runs: tuple[Run, ...] = dataclasses.field(default=(), metadata={"static": True})
+    ended: str | None = dataclasses.field(default=None, metadata={"static": True})
     checked: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @functools.cached_property
@@ -87,17 +109,13 @@ class MinimizeResult:
         replica_params = jax.tree.map(np.asarray, self.replica_params)
         values = np.asarray(self.replica_values, np.float64)
         points = _as_matrix(replica_params) / _as_matrix(_add_axis(self.scale))
-        starts = np.abs(np.asarray(self.start_values, np.float64))
-        finite = np.isfinite(starts)
-        usual = np.median(starts[finite]) if finite.any() else 0.0
-        rounding = float(jnp.finfo(self.replica_values.dtype).eps) * usual
         groups: list[list[int]] = []
         for r in np.argsort(values, kind="stable"):
             if not np.isfinite(values[r]):
                 break
             # One comparison with the lowest of all groups at once.
             lowest = [group[0] for group in groups]
-            tolerance = np.maximum(_VALUE_TOLERANCE * np.abs(values[lowest]), rounding)
+            tolerance = self._tolerance(values[lowest])
             distance = np.abs(points[r] - points[lowest]).max(axis=1, initial=0.0)
             same = (distance <= _PARAMS_TOLERANCE) & (
                 values[r] - values[lowest] <= tolerance
@@ -115,15 +133,46 @@ class MinimizeResult:
             for group in groups
         ]
 
+    def _tolerance(self, values: np.ndarray) -> np.ndarray:
+        """Within what values are equal."""
+        starts = np.abs(np.asarray(self.start_values, np.float64))
+        finite = np.isfinite(starts)
+        usual = np.median(starts[finite]) if finite.any() else 0.0
+        rounding = float(jnp.finfo(self.replica_values.dtype).eps) * usual
+        return np.maximum(_VALUE_TOLERANCE * np.abs(values), rounding)
+
+    def _reach(self, values: list[float]) -> np.ndarray:
+        """Which of the values are the best one."""
+        best = np.asarray(self.value, np.float64)
+        return np.asarray(values, np.float64) - best <= self._tolerance(best)
+
+    @property
+    def restarts(self) -> dict[str, tuple[int, int]]:
+        """How many runs of each kind reached the best value, and how many there were.
+
+        Runs know nothing of each other, so that this says how far to trust it. Empty
+        without a budget.
+        """
+        reached = self._reach([run.value for run in self.runs])
+        kinds = np.array([run.kind for run in self.runs])
+        return {
+            kind: (int(reached[kinds == kind].sum()), int((kinds == kind).sum()))
+            for kind in dict.fromkeys(kinds.tolist())
+        }
+
     @property
     def confirmed(self) -> bool:
-        """Whether at least two replicas ended in the best minimum, and there is one.
+        """Whether the best value was found more than once, and is a minimum.
 
-        Coupled replicas are drawn together, so this is weak evidence: repeat with
-        another `key`, and once with `coupling=0.0`, before you trust it.
+        With a budget, by at least two runs. Without one, by at least two replicas in
+        the same place; these are drawn together, so this is weak evidence: repeat with
+        another `key`, or with a budget, before you trust it.
         """
-        alone = not self.minima or self.minima[0].num_replicas == 1
-        return not (alone or self.unbounded)
+        if self.runs:
+            times = sum(reached for reached, _ in self.restarts.values())
+        else:
+            times = self.minima[0].num_replicas if self.minima else 0
+        return times > 1 and not bool(self.unbounded)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python and NumPy: what was found, without the history."""
@@ -133,6 +182,8 @@ class MinimizeResult:
             "value": float(self.value),
             "confirmed": self.confirmed,
             "num_evaluations": int(self.num_evaluations),
+            "runs": [run._asdict() for run in self.runs],
+            "ended": self.ended,
             "minima": [
                 {
                     "params": to_lists(minimum.params),
@@ -167,19 +218,32 @@ class MinimizeResult:
         return columns
 
     def plot(self) -> Any:
-        """Loss curves and the minima found, as a Matplotlib figure."""
+        """Value over evaluations, and sorted final values, as a Matplotlib figure."""
         check_single(self.value)
         return plot_result(self)
 
     def _report(self) -> "_Report":
-        deepest = self.minima[0].num_replicas if self.minima else 0
-        total = len(self.replica_values)
+        values = [m.value for m in self.minima]
+        arrangements = int(self._reach(values).sum())
+        found_by = sum(m.num_replicas for m in self.minima[:arrangements])
+        if self.runs:
+            best = ", ".join(
+                f"{reached} of {total} {kind}"
+                for kind, (reached, total) in self.restarts.items()
+            )
+            best = f"reached by {best} runs"
+        else:
+            best = f"found by {found_by} of {len(self.replica_values)} replicas"
+        if arrangements > 1:
+            best += f", in {arrangements} arrangements"
         summary = {
             "value": f"{float(self.value):.8g}",
-            "best minimum": f"found by {deepest} of {total} replicas",
+            "best value": best,
             "distinct minima": str(len(self.minima)),
             "evaluations": str(int(self.num_evaluations)),
         }
+        if self.ended is not None:
+            summary["ended"] = self.ended
         if self.unbounded:
             summary["warning"] = "the function falls without end towards these params"
         if not self.checked:

@@ -36,9 +36,10 @@ class Program:
     def __init__(self, jaxpr: Jaxpr, out_tree: Any):
         self.jaxpr, self.out_tree = jaxpr, out_tree
         self.identity = (_fingerprint(jaxpr, lifted=True), out_tree)
+        self._hash = hash(self.identity)  # tuples do not remember theirs
 
     def __hash__(self) -> int:
-        return hash(self.identity)
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self.identity == other.identity

@@ -1,0 +1,159 @@
+r"""CMA-ES: replicas drawn from a normal distribution that follows the best of them.
+
+Where gradients tell nothing (plateaus) or tell of ripples alone, the order of the
+values still leads downhill. Each generation draws :math:`\lambda` points
+:math:`z_i = m + \sigma y_i`, :math:`y_i \sim N(0, C)`, and with weights :math:`w_i` of
+the best half, sorted by value,
+
+.. math::
+  m &\mathrel{+}= \sigma \bar y, \quad \bar y = \textstyle\sum_i w_i y_i \\
+  p_\sigma &= (1 - c_\sigma) p_\sigma
+    + \sqrt{c_\sigma (2 - c_\sigma) \mu} \, C^{-1/2} \bar y \\
+  p_c &= (1 - c_c) p_c + h \sqrt{c_c (2 - c_c) \mu} \, \bar y \\
+  C &= (1 - c_1 - c_\mu) C + c_1 p_c p_c^T + c_\mu \textstyle\sum_i w_i y_i y_i^T \\
+  \sigma &\mathrel{\times}= \exp \big(\tfrac{c_\sigma}{d_\sigma}
+    (|p_\sigma| / E|N(0, I)| - 1)\big)
+
+References:
+  N. Hansen, `The CMA evolution strategy: A tutorial
+  <https://arxiv.org/abs/1604.00772>`_, 2016: the equations and their constants.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Standard deviation of the first generation, in scales of the coordinates.
+_SIGMA = 0.4
+
+
+class Population(NamedTuple):
+    """The distribution of the next generation, and the lowest point of all before.
+
+    Attributes:
+      key: of the next draws.
+      mean: m, `[n]`.
+      sigma: its scale.
+      covariance: C, `[n, n]`.
+      axes: C's square root, `B D` with eigenvectors B and roots D of eigenvalues.
+      step_path: the path of the mean, in units of the distribution.
+      path: the path of the mean.
+      lowest: the lowest point seen.
+      value: the value there.
+    """
+
+    key: jax.Array
+    mean: jax.Array
+    sigma: jax.Array
+    covariance: jax.Array
+    axes: tuple[jax.Array, jax.Array]
+    step_path: jax.Array
+    path: jax.Array
+    lowest: jax.Array
+    value: jax.Array
+
+
+def begin_population(
+    key: jax.Array, mean: jax.Array, sigma: jax.Array | float = _SIGMA
+) -> Population:
+    """A round population."""
+    n, dtype = len(mean), mean.dtype
+    eye, zero, one = jnp.eye(n, dtype=dtype), jnp.zeros_like(mean), jnp.ones_like(mean)
+    sigma, value = jnp.asarray(sigma, dtype), jnp.asarray(jnp.inf, dtype)
+    return Population(key, mean, sigma, eye, (eye, one), zero, zero, mean, value)
+
+
+def evolve(
+    fun: Callable[[jax.Array], jax.Array],
+    population: Population,
+    size: int,
+    generations: jax.Array,
+    num_generations: jax.Array | int,
+) -> tuple[Population, jax.Array]:
+    """At most `len(generations)` generations of `size` points each.
+
+    Args:
+      fun: of a point `[n]`.
+      population: where it begins.
+      size: lambda.
+      generations: their numbers, from 0 for the first of all.
+      num_generations: how many of them to run.
+
+    Returns:
+      The population, and the lowest value of each generation; NaN for those not run.
+    """
+    n, dtype = len(population.mean), population.mean.dtype
+    # The constants of the tutorial, named as there.
+    weights = np.log((size + 1) / 2) - np.log(np.arange(1, size + 1))
+    weights = np.maximum(weights, 0) / np.maximum(weights, 0).sum()
+    mu = 1 / np.sum(weights**2)
+    c_sigma = (mu + 2) / (n + mu + 5)
+    d_sigma = 1 + 2 * max(0.0, ((mu - 1) / (n + 1)) ** 0.5 - 1) + c_sigma
+    c_c = (4 + mu / n) / (n + 4 + 2 * mu / n)
+    c_1 = 2 / ((n + 1.3) ** 2 + mu)
+    c_mu = min(1 - c_1, 2 * (mu - 2 + 1 / mu) / ((n + 2) ** 2 + mu))
+    length = n**0.5 * (1 - 1 / (4 * n) + 1 / (21 * n**2))
+    # Generations between two decompositions of C.
+    pause = max(1, int(1 / (c_1 + c_mu) / n / 10))
+    w = jnp.asarray(weights, dtype)
+
+    def generation(
+        i: jax.Array, carry: tuple[Population, jax.Array]
+    ) -> tuple[Population, jax.Array]:
+        old, history = carry
+        basis, roots = old.axes
+        key, draw = jax.random.split(old.key)
+        y = (jax.random.normal(draw, (size, n), dtype) * roots[None]) @ basis.T
+        points = old.mean[None] + old.sigma * y
+        values = jax.vmap(fun)(points)
+        order = jnp.argsort(values)  # NaN last
+        y = y[order]
+        step = w @ y
+
+        mean = old.mean + old.sigma * step
+        white = basis @ ((basis.T @ step) / roots)
+        step_path = (1 - c_sigma) * old.step_path
+        step_path += (c_sigma * (2 - c_sigma) * mu) ** 0.5 * white
+        ratio = jnp.linalg.norm(step_path) / length
+        age = 1 + generations[i].astype(dtype)
+        started = 1 - (1 - c_sigma) ** (2 * age)
+        h = ratio < (1.4 + 2 / (n + 1)) * jnp.sqrt(started)
+        path = (1 - c_c) * old.path
+        path += jnp.where(h, (c_c * (2 - c_c) * mu) ** 0.5, 0.0) * step
+        keep = 1 - c_1 - c_mu + jnp.where(h, 0.0, c_1 * c_c * (2 - c_c))
+        covariance = (
+            keep * old.covariance
+            + c_1 * path[:, None] * path[None]
+            + c_mu * (y.T * w[None]) @ y
+        )
+        rise = jnp.minimum(1.0, c_sigma / d_sigma * (ratio - 1))
+        axes = jax.lax.cond(
+            generations[i] % pause == 0, _axes, lambda _: old.axes, covariance
+        )
+        best = values[order[0]]
+        lower = best < old.value
+        new = Population(
+            key,
+            mean,
+            old.sigma * jnp.exp(rise),
+            covariance,
+            axes,
+            step_path,
+            path,
+            jnp.where(lower, points[order[0]], old.lowest),
+            jnp.where(lower, best, old.value),
+        )
+        return new, history.at[i].set(best)
+
+    empty = jnp.full(len(generations), jnp.nan, dtype)
+    return jax.lax.fori_loop(0, num_generations, generation, (population, empty))
+
+
+def _axes(covariance: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvectors, and the square roots of the eigenvalues."""
+    values, vectors = jnp.linalg.eigh((covariance + covariance.T) / 2)
+    tiny = jnp.finfo(values.dtype).eps ** 2 * values[-1]
+    return vectors, jnp.sqrt(jnp.maximum(values, tiny))

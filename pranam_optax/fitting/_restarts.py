@@ -1,0 +1,116 @@
+"""A search with a budget: runs of several kinds, restarted until it is spent."""
+
+import contextlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from pranam_optax._tree import PyTree
+from pranam_optax.fitting._coordinates import Coordinates
+from pranam_optax.fitting._coupled import falls, pick
+from pranam_optax.fitting._result import MinimizeResult, Run
+from pranam_optax.fitting._runs import (
+    LARGEST_COVARIANCE,
+    Search,
+    coupled,
+    evolution,
+    independent,
+)
+from pranam_optax.fitting._trace import call
+
+# A kind of run gets so many times the budget of the next kind by the best value found.
+_FAVOUR = 3
+
+
+def restart(
+    search: Search, key: jax.Array, watch: Callable[[Search], bool | None]
+) -> MinimizeResult:
+    """Runs until the budget is spent, or `watch` returns True after a chunk.
+
+    The kinds of runs share the cost like 9 : 3 : 1, in the order of the best values
+    that they have found so far.
+    """
+    kinds = {"independent": independent, "evolution": evolution, "coupled": coupled}
+    if search.num_params > LARGEST_COVARIANCE:
+        del kinds["evolution"]
+    if search.settings.polish is None:
+        del kinds["independent"]
+    costs = dict.fromkeys(kinds, 0)
+    counts = dict.fromkeys(kinds, 0)
+    lowest = dict.fromkeys(kinds, np.inf)
+    runs: list[Run] = []
+    ended = search.ended
+    while ended is None:
+        ranks = {k: sum(v < lowest[k] for v in lowest.values()) for k in kinds}
+        kind = min(kinds, key=lambda k: costs[k] * _FAVOUR ** ranks[k])
+        cost, before, value = search.cost, search.num_evaluations, np.inf
+        run_key = jax.random.fold_in(key, len(runs))
+        with contextlib.closing(kinds[kind](search, run_key, counts[kind])) as run:
+            for chunk in run:
+                search.record(chunk)
+                value = np.fmin(value, np.fmin.reduce(chunk.values))
+                ended = search.ended
+                if ended is None and watch(search):
+                    ended = "stopped by the callback"
+                if ended is not None:
+                    break
+        costs[kind] += search.cost - cost
+        counts[kind] += 1
+        lowest[kind] = np.fmin(lowest[kind], value)
+        made = search.num_evaluations - before
+        runs.append(Run(kind, made, float(value) * search.unit))
+    return _gather(search, tuple(runs), ended)
+
+
+def _gather(search: Search, runs: tuple[Run, ...], ended: str) -> MinimizeResult:
+    """What all runs found, as a result."""
+    problem, coordinates = search.problem, search.coordinates
+    found = [
+        (jax.tree.map(lambda x: x[None], search.z), np.array([search.value])),
+        *search.found,
+    ]
+    z = jax.tree.map(lambda *x: np.concatenate(x), *[z for z, _ in found])
+    values = np.concatenate([values for _, values in found])
+    usable = np.flatnonzero(np.isfinite(values))
+    usable = usable if len(usable) else np.array([0])
+    params, values = call(_to_params, coordinates, pick(z, usable)), values[usable]
+    best, count = int(np.argmin(values)), search.num_evaluations
+    if problem.first is not None:
+        # The user's start itself: its coordinates may lie beside a bound.
+        value, count = float(call(_value, problem.fun, problem.first)), count + 1
+        if value < values[best]:
+            values[best] = value
+            params = jax.tree.map(lambda x, y: x.at[best].set(y), params, problem.first)
+    history = np.concatenate(search.history)
+    in_units = jnp.asarray(values, search.slope.dtype) * problem.unit
+    lowest = jnp.asarray(history[:, 2:], search.slope.dtype) * problem.unit
+    return MinimizeResult(
+        params=pick(params, best),
+        value=in_units[best],
+        replica_params=params,
+        replica_values=in_units,
+        scale=coordinates.scale,
+        history=lowest,
+        start_values=search.start_values,
+        num_evaluations=jnp.asarray(count),
+        unbounded=call(_falls, problem.fun, coordinates, search.z),
+        evaluations=jnp.asarray(history[:, :2].astype(int)),
+        runs=runs,
+        ended=ended,
+        checked=True,
+    )
+
+
+def _to_params(coordinates: Coordinates, z: PyTree) -> PyTree:
+    return jax.vmap(coordinates.to_params)(z)
+
+
+def _falls(fun: Partial, coordinates: Coordinates, z: PyTree) -> jax.Array:
+    return falls(lambda z: fun(coordinates.to_params(z)), coordinates, z)
+
+
+def _value(fun: Partial, params: PyTree) -> jax.Array:
+    return fun(params)

@@ -1,0 +1,534 @@
+"""The runs that a search with a budget is made of.
+
+A run is a generator of chunks, each of them one compiled call, so that whoever takes
+them can stop when the budget is spent.
+"""
+
+import time
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from jax.tree_util import Partial
+
+from pranam_optax._pranam import Coupling
+from pranam_optax._tree import PyTree
+from pranam_optax.fitting._coordinates import Coordinates
+from pranam_optax.fitting._coupled import (
+    Problem,
+    Start,
+    advance,
+    begin_at,
+    make_method,
+    pick,
+)
+from pranam_optax.fitting._evolve import Population, begin_population, evolve
+from pranam_optax.fitting._polish import (
+    PATIENCE,
+    Descents,
+    Function,
+    Polish,
+    begin_descents,
+    descend,
+    stops_anywhere,
+    typical_slope,
+)
+from pranam_optax.fitting._trace import call
+
+# Descents at a time.
+LANES = 8
+# Beyond so many parameters a covariance is too large to learn.
+LARGEST_COVARIANCE = 256
+# Steps of a compiled call, between which the budget is looked at.
+_CHUNK = 50
+# The first coupled run has this part of `num_steps`; each has twice those before.
+_FIRST_PART = 8
+# The first population is so many times the usual size: descents serve small ones.
+_FIRST_POPULATION = 4
+# Candidates nearer than this in their coordinates are copies of each other.
+_COPIES = 1e-2
+# A descent is given up that would need more than so many chunks like its last to win.
+_HORIZON = 20
+# Recombination: how many of the lowest points may be moved, steps of a descent, and
+# cycles without gain after which it ends.
+_BASES = 8
+_SHORT = 20
+_STALLED = 16
+
+
+class Budget(NamedTuple):
+    """When a search ends: at the first that is reached; None for no limit."""
+
+    max_evaluations: int | None = None
+    time_limit: float | None = None
+    target: float | None = None
+
+
+class Settings(NamedTuple):
+    """Of the coupled runs and of the polish; see `minimize`."""
+
+    num_replicas: int
+    num_steps: int
+    optimizer: optax.GradientTransformation | None
+    coupling: Coupling | None
+    polish: Polish | None
+
+
+class Chunk(NamedTuple):
+    """What a compiled call did.
+
+    Attributes:
+      evaluations: made until each of its steps, `[steps]`.
+      values: the lowest of each step.
+      z: points that it ended at, stacked.
+      point_values: the values there.
+      gradients: whether evaluations were made with their gradients.
+    """
+
+    evaluations: np.ndarray
+    values: np.ndarray
+    z: PyTree
+    point_values: np.ndarray
+    gradients: bool = True
+
+    @classmethod
+    def single(
+        cls, num: int, z: PyTree, values: np.ndarray, gradients: bool
+    ) -> "Chunk":
+        """One step of so many evaluations."""
+        lowest = np.array([np.fmin.reduce(values)])
+        return cls(np.array([num]), lowest, z, values, gradients)
+
+
+class Search:
+    """What all runs share: the problem, the budget, and what was found and spent."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        draw: Partial,
+        start: Start,
+        settings: Settings,
+        budget: Budget,
+        began: float,
+    ):
+        self.problem, self.draw, self.settings = problem, draw, settings
+        self.coordinates, self.budget, self.began = start.coordinates, budget, began
+        self.unit, self.num_params = float(problem.unit), num_params(start.z)
+        self.num_evaluations = self.num_gradients = 0
+        self.speeds: dict[str, float] = {}
+        self.z, self.value = pick(start.z, 0), np.inf
+        self.found: list[tuple[PyTree, np.ndarray]] = []
+        self.history: list[np.ndarray] = []
+        self.start_values = start.values * problem.unit
+        # The user's start, if there is one, is the first.
+        self.first = pick(start.z, np.arange(LANES))
+        values = np.asarray(start.values)
+        order = np.argsort(~np.isfinite(values), kind="stable")[:LANES]
+        self.record(Chunk.single(len(values), self.first, values[order], False))
+        self.slope = call(_slope, problem.fun, self.coordinates, self.first)
+        self.record(Chunk.single(LANES, self.first, values[order], True))
+
+    @property
+    def cost(self) -> int:
+        """What was spent, if a gradient costs as much as a value."""
+        return self.num_evaluations + self.num_gradients
+
+    @property
+    def ended(self) -> str | None:
+        """What ended the search."""
+        limit, seconds, target = self.budget
+        if target is not None and self.value * self.unit <= target:
+            return "target reached"
+        if limit is not None and self.num_evaluations >= limit:
+            return "max_evaluations spent"
+        if seconds is not None and time.monotonic() - self.began >= seconds:
+            return "time_limit reached"
+        return None
+
+    def remaining(self, kind: str) -> float:
+        """Evaluations that the budget still allows."""
+        limit, seconds, _ = self.budget
+        left = np.inf if limit is None else limit - self.num_evaluations
+        if seconds is not None and kind in self.speeds:
+            left_s = seconds - (time.monotonic() - self.began)
+            left = min(left, self.speeds[kind] * left_s)
+        return max(left, 0.0)
+
+    def rows(self, kind: str, size: int) -> int:
+        """How many steps of so many evaluations a chunk may have, at least one."""
+        return int(max(1, min(_CHUNK, self.remaining(kind) // size)))
+
+    def record(self, chunk: Chunk) -> None:
+        """Adds what a chunk spent, and its lowest point if it is the lowest of all."""
+        lowest = np.fmin.accumulate(np.fmin(chunk.values, self.value))
+        gradients = chunk.evaluations * chunk.gradients
+        made = self.num_evaluations + chunk.evaluations
+        columns = made, self.num_gradients + gradients, lowest
+        self.history.append(np.stack(columns, axis=1))
+        self.num_evaluations += int(chunk.evaluations[-1])
+        self.num_gradients += int(gradients[-1])
+        best = np.argmin(np.nan_to_num(chunk.point_values, nan=np.inf, neginf=-np.inf))
+        if chunk.point_values[best] < self.value:
+            self.value = float(chunk.point_values[best])
+            self.z = pick(chunk.z, best)
+
+    def starts(self, key: jax.Array, num: int) -> Chunk:
+        """Random points."""
+        keys = jax.random.split(key, num)
+        z, values = call(_draw, self.problem.fun, self.draw, self.coordinates, keys)
+        return Chunk.single(num, z, np.asarray(values), False)
+
+
+def num_params(z: PyTree) -> int:
+    """Number of parameters of one of the stacked models."""
+    return sum(x.size // len(x) for x in jax.tree.leaves(z))
+
+
+def independent(
+    search: Search, key: jax.Array, count: int
+) -> Generator[Chunk, None, None]:
+    """Descents from the lowest of random points."""
+    if count == 0:
+        yield from _descents(search, search.first)
+        return
+    for start_key in jax.random.split(key, 2 ** min(count, 8)):
+        chunk = search.starts(start_key, 4 * LANES)
+        yield chunk
+        lowest = np.argsort(chunk.point_values, kind="stable")  # NaN last
+        yield from _descents(search, pick(chunk.z, lowest[:LANES]))
+
+
+def coupled(search: Search, key: jax.Array, count: int) -> Generator[Chunk, None, None]:
+    """Coupled replicas, twice as many steps each time, and descents from the best."""
+    settings = search.settings
+    num_replicas = settings.num_replicas
+    total = max(settings.num_steps * 2**count // _FIRST_PART, 1)
+    start_key, key = jax.random.split(key)
+    chunk = search.starts(start_key, num_replicas)
+    yield chunk
+    usable = np.flatnonzero(np.isfinite(chunk.point_values))
+    usable = usable if len(usable) else np.array([0])
+    z = pick(chunk.z, usable[np.arange(num_replicas) % len(usable)])
+    params = search.coordinates.bounds.low
+    method = make_method(
+        params, key, num_replicas, total, settings.optimizer, settings.coupling
+    )
+    carry = call(begin_at, method, search.coordinates, z)
+    empty = jnp.zeros((_CHUNK, num_replicas), carry.best_values.dtype)
+    step = 0
+    while step < total:
+        num = min(search.rows("coupled", num_replicas), total - step)
+        began = time.monotonic()
+        carry, history = call(
+            advance, search.problem.fun, method, search.coordinates, carry, empty, num
+        )
+        lowest = np.fmin.reduce(np.asarray(history)[:num], axis=1)
+        search.speeds["coupled"] = num * num_replicas / (time.monotonic() - began)
+        evaluations = num_replicas * (1 + np.arange(num))
+        yield Chunk(evaluations, lowest, carry.best_z, np.asarray(carry.best_values))
+        step += num
+    pool = _Pool(carry.best_z, np.asarray(carry.best_values))
+    for points in search.found:
+        pool.add(*points)
+    if settings.polish is not None:
+        yield from _recombine(search, pool, jax.random.fold_in(key, 1), total)
+    yield from _descents(search, pick(pool.z, pool.distinct(LANES)))
+
+
+def evolution(
+    search: Search, key: jax.Array, count: int
+) -> Generator[Chunk, None, None]:
+    """A population, twice as large each time, and a descent from its best."""
+    n = search.num_params
+    size = _FIRST_POPULATION * (4 + int(3 * np.log(n))) * 2**count
+    start_key, key = jax.random.split(key)
+    chunk = search.starts(start_key, 1)
+    yield chunk
+    population = call(_first_population, key, pick(chunk.z, 0))
+    eps = float(jnp.finfo(population.mean.dtype).eps)
+    patience = 2 + -(-30 * n // (size * _CHUNK))
+    record: list[float] = []
+    step = 0
+    while True:
+        num = search.rows("evolution", size)
+        began = time.monotonic()
+        population, history = call(
+            _evolve,
+            search.problem.fun,
+            search.coordinates,
+            search.z,
+            population,
+            jnp.zeros(size),
+            step + jnp.arange(_CHUNK),
+            num,
+        )
+        lowest = np.asarray(history)[:num]
+        search.speeds["evolution"] = num * size / (time.monotonic() - began)
+        point = call(_as_points, search.z, population.lowest)
+        value = float(population.value)
+        yield Chunk(
+            size * (1 + np.arange(num)), lowest, point, np.array([value]), False
+        )
+        step += num
+        record.append(value)
+        width = float(population.sigma * jnp.max(population.axes[1]))
+        stuck = len(record) > patience and not (
+            record[-patience - 1] - value > 10 * eps * abs(value)
+        )
+        if stuck or not width > eps**0.75:
+            break
+    yield from _descents(search, point)
+
+
+class _Pool:
+    """The lowest distinct points of a run: the replicas, and what came of them."""
+
+    def __init__(self, z: PyTree, values: np.ndarray):
+        self.z, self.values, self.size = z, values, len(values)
+        self.first = z
+
+    def distinct(self, num: int) -> np.ndarray:
+        return _distinct(self.z, self.values, num)
+
+    def add(self, z: PyTree, values: np.ndarray) -> bool:
+        """Whether any of these points is lower than others and no copy of one."""
+        z = jax.tree.map(lambda *x: np.concatenate(x), self.z, z)
+        values = np.concatenate([self.values, values])
+        chosen = _distinct(z, values, self.size)
+        padded = chosen[np.arange(self.size) % len(chosen)]
+        self.z = pick(z, padded)
+        self.values = np.where(
+            np.arange(self.size) < len(chosen), values[padded], np.inf
+        )
+        return bool(np.any(chosen >= self.size))
+
+
+def _recombine(
+    search: Search, pool: _Pool, key: jax.Array, num_cycles: int
+) -> Generator[Chunk, None, None]:
+    """Descents from good points moved by the difference of two others.
+
+    Where the minima form a lattice, or where the function is a sum over parameters, the
+    differences between minima lead from one to the next.
+    """
+    idle = 0
+    for cycle in range(num_cycles):
+        z, values = call(
+            _trials,
+            search.problem.fun,
+            search.coordinates,
+            pool.z,
+            pool.values,
+            pool.first,
+            jax.random.fold_in(key, cycle),
+        )
+        values = np.asarray(values)
+        yield Chunk.single(pool.size, z, values, False)
+        for chunk in _descents(search, z, max_chunks=1):
+            yield chunk
+        idle = 0 if pool.add(chunk.z, chunk.point_values) else idle + 1
+        if idle == _STALLED:
+            return
+
+
+def _descents(
+    search: Search, z: PyTree, max_chunks: int | None = None
+) -> Generator[Chunk, None, None]:
+    """Descents from at most as many points as there are lanes.
+
+    One ends when it has converged, or when it cannot win any more.
+    """
+    polish, problem = search.settings.polish, search.problem
+    if polish is None:
+        return
+    num = len(jax.tree.leaves(z)[0])
+    lanes, usable = pick(z, np.arange(LANES) % num), np.arange(LANES) < num
+    args = problem.fun, search.coordinates
+    if not stops_anywhere(polish) or problem.residuals is not None:
+        points, values, evaluations = call(
+            _whole_polish, problem, search.coordinates, Partial(polish), lanes
+        )
+        values = np.where(usable, values, np.nan)
+        search.found.append((points, values))
+        total = int(np.asarray(evaluations)[usable].sum()) + num
+        yield Chunk.single(total, points, values, True)
+        return
+
+    def values_of(descents: Descents) -> np.ndarray:
+        return np.where(usable, np.asarray(descents.values) * slope, np.nan)
+
+    slope = float(search.slope)
+    descents = call(_begin_descents, *args, lanes, search.slope, usable)
+    values = values_of(descents)
+    steps = np.arange(_CHUNK if max_chunks is None else _SHORT)
+    chunks = 0
+    try:
+        yield Chunk.single(num, lanes, values, True)
+        while np.any(np.asarray(descents.active)) and chunks != max_chunks:
+            began, before, chunks = time.monotonic(), values, chunks + 1
+            left = search.remaining("independent")
+            descents, history = call(
+                _descend, *args, descents, search.slope, steps, left
+            )
+            values, history = values_of(descents), np.asarray(history)
+            history = history[~np.isnan(history[:, 0])]
+            if not len(history):
+                break
+            search.speeds["independent"] = history[-1, 0] / (time.monotonic() - began)
+            yield Chunk(history[:, 0], history[:, 1], descents.params, values)
+            hopeless = values - _HORIZON * (before - values) > search.value
+            idle = np.where(hopeless, PATIENCE, np.asarray(descents.idle))
+            descents = descents._replace(idle=jnp.asarray(idle, descents.idle.dtype))
+    finally:
+        if max_chunks is None:
+            search.found.append((descents.params, values))
+
+
+def _distinct(z: PyTree, values: np.ndarray, num: int) -> np.ndarray:
+    """Where the lowest points are, without copies of each other, the lowest first."""
+    points = np.concatenate(
+        [np.asarray(x).reshape(len(x), -1) for x in jax.tree.leaves(z)], axis=1
+    )
+    chosen: list[int] = []
+    for i in np.argsort(values, kind="stable"):
+        if not np.isfinite(values[i]) or len(chosen) == num:
+            break
+        distance = np.abs(points[chosen] - points[i]).max(axis=1, initial=0.0)
+        if np.all(distance > _COPIES):
+            chosen.append(int(i))
+    return np.array(chosen or [0])
+
+
+# Compiled parts
+
+
+def _slope(fun: Partial, coordinates: Coordinates, z: PyTree) -> jax.Array:
+    return typical_slope(_within(fun, coordinates), z)
+
+
+def _draw(
+    fun: Partial, draw: Partial, coordinates: Coordinates, keys: jax.Array
+) -> tuple[PyTree, jax.Array]:
+    z = jax.vmap(lambda key: coordinates.from_params(draw(key)))(keys)
+    return z, jax.vmap(_within(fun, coordinates))(z)
+
+
+def _begin_descents(
+    fun: Partial, coordinates: Coordinates, z: PyTree, unit: jax.Array, usable: Any
+) -> Descents:
+    descents = begin_descents(_within(fun, coordinates), z, unit)
+    return descents._replace(idle=jnp.where(usable, descents.idle, PATIENCE))
+
+
+def _descend(
+    fun: Partial,
+    coordinates: Coordinates,
+    descents: Descents,
+    unit: jax.Array,
+    *limits: Any,
+) -> tuple[Descents, jax.Array]:
+    return descend(_within(fun, coordinates), descents, unit, *limits)
+
+
+def _whole_polish(
+    problem: Problem, coordinates: Coordinates, polish: Partial, z: PyTree
+) -> tuple[PyTree, jax.Array, jax.Array]:
+    fun = _within(problem.fun, coordinates)
+    residuals = problem.residuals and _within(problem.residuals, coordinates)
+    polished = polish(fun, residuals, z)
+    values = jax.vmap(fun)(polished.params)
+    return polished.params, values, polished.num_evaluations
+
+
+def _first_population(key: jax.Array, z: PyTree) -> Population:
+    return begin_population(key, ravel_pytree(z)[0])
+
+
+def _evolve(
+    fun: Partial,
+    coordinates: Coordinates,
+    like: PyTree,
+    population: Population,
+    empty: jax.Array,
+    generations: jax.Array,
+    num: jax.Array,
+) -> tuple[Population, jax.Array]:
+    unravel = ravel_pytree(like)[1]
+
+    def flat(z: jax.Array) -> jax.Array:
+        return fun(coordinates.to_params(unravel(z)))
+
+    return evolve(flat, population, len(empty), generations, num)
+
+
+def _as_points(like: PyTree, z: jax.Array) -> PyTree:
+    """A flat vector as stacked coordinates of one replica."""
+    return _add_axis(ravel_pytree(like)[1](z))
+
+
+def _trials(
+    fun: Partial,
+    coordinates: Coordinates,
+    pool: PyTree,
+    pool_values: jax.Array,
+    replicas: PyTree,
+    key: jax.Array,
+) -> tuple[PyTree, jax.Array]:
+    """The lowest of points `base + mask * (a - b)`, and their values.
+
+    Half of the trials take the difference of two points of the pool, half a random part
+    of the difference of two replicas, which stay apart when the pool has converged.
+    """
+
+    def as_rows(z: PyTree) -> jax.Array:
+        """Params, as lattices are regular in them, in units of their scale."""
+        x = jax.vmap(coordinates.to_params)(z)
+        unit = jax.tree.map(lambda x, s: x.astype(s.dtype) / s[None], x, scale)
+        return jax.vmap(lambda x: ravel_pytree(x)[0])(unit)
+
+    scale, bounds = coordinates.scale, coordinates.bounds
+    unravel = ravel_pytree(scale)[1]
+
+    def from_row(row: jax.Array) -> PyTree:
+        x = jax.tree.map(
+            lambda x, s, low, high: jnp.clip((x * s).astype(low.dtype), low, high),
+            *(unravel(row), scale, *bounds),
+        )
+        return coordinates.from_params(x)
+
+    flat, first = as_rows(pool), as_rows(replicas)
+    num = jnp.maximum(jnp.sum(jnp.isfinite(pool_values)), 1)
+    keys = jax.random.split(key, 5)
+
+    def some(key: jax.Array, points: jax.Array, limit: jax.Array | int) -> jax.Array:
+        return points[jax.random.randint(key, (len(flat),), 0, limit)]
+
+    base = some(keys[0], flat, jnp.minimum(_BASES, num))
+    whole = some(keys[1], flat, num) - some(keys[2], flat, num)
+    apart = some(keys[1], first, len(first)) - some(keys[2], first, len(first))
+    part = jax.random.uniform(keys[3], (len(flat), 1), flat.dtype)
+    mask = jax.random.uniform(keys[4], flat.shape, flat.dtype) < part
+    even = jnp.arange(len(flat))[:, None] % 2 == 0
+    difference = jnp.where(even, whole, jnp.where(mask, apart, 0.0))
+    trials = base + difference
+    z = jax.vmap(from_row)(trials)
+    values = jax.vmap(_within(fun, coordinates))(z)
+    nearest = jax.lax.map(
+        lambda row: jnp.min(jnp.max(jnp.abs(row[None] - flat), axis=1)), trials
+    )
+    values = jnp.where(nearest > _COPIES, values, jnp.inf)
+    chosen = jnp.argsort(values)[:LANES]
+    return pick(z, chosen), values[chosen]
+
+
+def _within(fun: Function, coordinates: Coordinates) -> Function:
+    return lambda z: fun(coordinates.to_params(z))
+
+
+def _add_axis(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x[None], tree)

@@ -1,0 +1,197 @@
+"""`minimize` with a budget: runs that restart until it is spent."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_equal, refused
+
+import pranam_optax
+from pranam_optax import fitting, problems
+from pranam_optax.fitting._evolve import begin_population, evolve
+
+BOX = (-5.0, 5.0)
+LOW, HIGH = jnp.full(4, -5.0), jnp.full(4, 5.0)
+
+
+def sphere(x):
+    return jnp.sum((x - 1.0) ** 2)
+
+
+def plateaus(x):
+    """Its gradient is zero, but for jumps."""
+    return jnp.sum(jnp.floor(4 * jnp.abs(x - 1.3)))
+
+
+def rastrigin(x):
+    return jnp.sum((x - 1.3) ** 2 + 10 - 10 * jnp.cos(2 * jnp.pi * (x - 1.3)))
+
+
+def solve(fun, **kwargs):
+    kwargs = {"num_replicas": 16, "num_steps": 200} | kwargs
+    return pranam_optax.minimize(fun, None, bounds=(LOW, HIGH), **kwargs)
+
+
+@pytest.fixture(scope="module")
+def spent():
+    return solve(rastrigin, max_evaluations=30_000)
+
+
+def test_the_budget_is_spent_and_no_more(spent):
+    assert spent.ended == "max_evaluations spent"
+    assert 30_000 <= spent.num_evaluations < 30_000 + 8 * 21
+    assert sum(run.num_evaluations for run in spent.runs) == pytest.approx(
+        int(spent.num_evaluations), abs=32 + 8
+    )
+    made, gradients = np.asarray(spent.evaluations).T
+    assert made[-1] == spent.num_evaluations
+    assert np.all(np.diff(made) > 0) and np.all(np.diff(gradients) >= 0)
+    assert np.all(gradients <= made)
+    assert np.all(np.diff(spent.history[:, 0]) <= 0)
+
+
+def test_the_minimum_is_found_by_several_kinds_of_runs(spent):
+    np.testing.assert_allclose(spent.params, 1.3, atol=1e-3)
+    assert {run.kind for run in spent.runs} == {"independent", "evolution", "coupled"}
+    reached, total = spent.restarts["coupled"]
+    assert 1 <= reached <= total == sum(r.kind == "coupled" for r in spent.runs)
+    assert spent.confirmed
+    assert f"{reached} of {total} coupled" in repr(spent)
+    assert "ended: max_evaluations spent" in repr(spent)
+    assert len(spent.to_dict()["runs"]) == len(spent.runs)
+    assert spent.history[-1, 0] == pytest.approx(float(spent.value), abs=1e-5)
+
+
+def test_one_key_gives_one_result(spent):
+    again = solve(rastrigin, max_evaluations=30_000)
+    assert_equal(again.params, spent.params)
+    assert again.runs == spent.runs
+    assert solve(rastrigin, max_evaluations=30_000, key=1).runs != spent.runs
+
+
+def test_target_ends_the_search():
+    result = solve(sphere, target=1e-6)
+    assert result.ended == "target reached" and result.value <= 1e-6
+    assert result.num_evaluations < 500
+
+
+def test_functions_without_gradients():
+    result = solve(plateaus, max_evaluations=30_000)
+    assert result.value == 0
+    assert result.restarts["evolution"][0] > 0
+
+
+def test_time_limit_once_compiled():
+    solve(rastrigin, max_evaluations=20_000)
+    began = time.monotonic()
+    result = solve(rastrigin, time_limit=2.0)
+    assert 2 <= time.monotonic() - began < 3
+    assert result.ended == "time_limit reached"
+
+
+def test_no_budget_is_too_small():
+    result = solve(sphere, max_evaluations=1)
+    assert np.isfinite(result.value) and result.num_evaluations <= 64
+
+
+def test_the_users_start_is_one():
+    minimum = jnp.full(4, 4.0)  # a needle that is not found by chance
+
+    def needle(x):
+        near = jnp.sum((x - minimum) ** 2)
+        return sphere(x) - 100 * jnp.exp(-100 * near)
+
+    kwargs = {"bounds": (LOW, HIGH), "max_evaluations": 3000, "num_replicas": 16}
+    assert pranam_optax.minimize(needle, minimum + 0.02, **kwargs).value < -60
+    assert pranam_optax.minimize(needle, None, **kwargs).value > -1
+
+
+def test_functions_that_fail_in_a_part_of_the_box():
+    result = solve(
+        lambda x: jnp.where(x[0] > 0, rastrigin(x), jnp.nan), max_evaluations=30_000
+    )
+    np.testing.assert_allclose(result.params, 1.3, atol=1e-3)
+
+
+def test_callback_sees_the_best_and_may_stop():
+    seen = []
+
+    def callback(progress):
+        seen.append(progress)
+        return len(seen) == 3
+
+    result = solve(
+        rastrigin, max_evaluations=30_000, callback=callback, callback_every=1000
+    )
+    assert result.ended == "stopped by the callback"
+    steps = [progress.step for progress in seen]
+    assert np.all(np.diff([0, *steps]) >= 1000) and len(steps) == 3
+    assert seen[-1].num_steps == 30_000
+    assert rastrigin(seen[-1].params[0]) == pytest.approx(float(seen[-1].values[0]))
+
+
+def test_fit_with_a_budget():
+    x = jnp.linspace(0.0, 4.0, 30)
+    truth = {"a": 3.0, "rate": 1.5}
+
+    def model(p, x):
+        return p["a"] * jnp.exp(-p["rate"] * x)
+
+    bounds = {"a": (0, 100), "rate": (0, 100)}
+    kwargs = {"num_replicas": 16, "num_steps": 100, "max_evaluations": 3000}
+    result = pranam_optax.fit(model, x, model(truth, x), bounds=bounds, **kwargs)
+    np.testing.assert_allclose(result.params["rate"], 1.5, rtol=1e-4)
+    assert result.search.ended == "max_evaluations spent"
+
+
+def test_budgets_that_cannot_be_used():
+    refused("max_evaluations must be a positive int", solve, sphere, max_evaluations=0)
+    refused("time_limit must be a finite", solve, sphere, time_limit=np.nan)
+    refused("callback_every must be a positive", solve, sphere, callback_every=0)
+    refused(
+        "cannot be used under jax.jit",
+        lambda: jax.jit(lambda key: solve(sphere, key=key, target=0.0))(0),
+    )
+
+
+def test_a_population_learns_the_metric(x64):
+    """An ellipsoid of condition 1e4, which a round population cannot descend."""
+    scales = 10.0 ** jnp.linspace(0.0, 2.0, 6)
+    begun = begin_population(jax.random.key(0), jnp.ones(6))
+    end, history = evolve(
+        lambda z: jnp.sum(jnp.square(scales * z)), begun, 12, jnp.arange(300), 300
+    )
+    assert end.value < 1e-10 and end.value == jnp.min(history)
+    deviations = jnp.sqrt(jnp.diag(end.covariance))
+    np.testing.assert_allclose(
+        jnp.log10(deviations[0] / deviations[-1]), 2.0, atol=0.4
+    )
+
+
+def test_as_a_method_of_scipy():
+    optimize = pytest.importorskip("scipy.optimize")
+    problem, seen = problems.ackley(3), []
+    pairs = [(-30, 30)] * 3
+    options = {"num_replicas": 16, "num_steps": 100, "maxfun": 4000}
+    for bounds in (pairs, optimize.Bounds([-30] * 3, [30] * 3)):
+        found = optimize.minimize(
+            lambda x, factor: factor * problem.fun(x),
+            np.full(3, 20.0),
+            args=(2.0,),
+            bounds=bounds,
+            method=fitting.scipy_method,
+            callback=lambda x: seen.append(x),
+            options=options,
+        )
+        assert found.success and found.fun < 1e-3 and found.nfev < 5000
+        assert np.all(np.abs(found.x) < 1e-3) and found.result.ended in found.message
+    assert seen[-1].shape == (3,)
+    refused(
+        "no constraints",
+        fitting.scipy_method,
+        sphere,
+        np.zeros(2),
+        constraints=[{"type": "eq"}],
+    )
