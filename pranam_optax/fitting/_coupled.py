@@ -4,11 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import Partial
 
 from pranam_optax._pranam import Coupling, pranam
-from pranam_optax._tree import PyTree, largest_magnitudes, scale
+from pranam_optax._tree import PyTree, is_traced, largest_magnitudes, scale
 from pranam_optax.fitting._coordinates import (
     Bounds,
     Coordinates,
@@ -159,6 +160,21 @@ def begin_at(method: Method, coordinates: Coordinates, z: PyTree) -> Carry:
     params = jax.vmap(coordinates.to_params)(z)
     values = jnp.full(len(jax.tree.leaves(z)[0]), jnp.inf, working_dtype())
     return Carry(z, params, (method.link().init(z), method.init(z)), z, values)
+
+
+def spread_out(problem: Problem, z: PyTree) -> PyTree:
+    """The replicas on all devices of this process, in equal parts.
+
+    Not where somebody has placed data on a device, which JAX does not mix with others.
+    """
+    devices = jax.local_devices()
+    leaves = jax.tree.leaves((problem, z))
+    placed = any(is_traced(x) or getattr(x, "committed", False) for x in leaves)
+    if placed or len(devices) == 1 or len(jax.tree.leaves(z)[0]) % len(devices):
+        return z
+    mesh = jax.sharding.Mesh(np.array(devices), ("replica",))
+    spec = jax.sharding.PartitionSpec("replica")
+    return jax.device_put(z, jax.sharding.NamedSharding(mesh, spec))
 
 
 def advance(

@@ -37,6 +37,7 @@ from pranam_optax.fitting._coupled import (
     lowest_index,
     make_method,
     pick,
+    spread_out,
 )
 from pranam_optax.fitting._polish import Function, Polish, check_polish, second_order
 from pranam_optax.fitting._restarts import restart
@@ -162,8 +163,8 @@ def minimize(
         evaluations, by default as many as a compiled call makes.
       progress: whether to show a progress bar (needs tqdm).
       max_evaluations: of `fun`, one with its gradient counted once. With this or one of
-        the next two, runs restart until it is reached (see above). The last step may
-        go beyond it by what the replicas take.
+        the next two, runs restart until it is reached (see above). The last step or
+        generation is finished.
       time_limit: in seconds, compilation included. Checked between compiled calls,
         whose length is adapted to it.
       target: a value of `fun` that is good enough.
@@ -248,6 +249,7 @@ def search(
     keys = jax.random.split(start_key, TRIES * options.num_replicas)
     start = call(begin, problem.fun, draw, first, box, keys)
     _check_start(start, box)
+    start = start._replace(z=spread_out(problem, start.z))
     carry = call(begin_at, method, start.coordinates, start.z)
     carry, history = _explore(problem, method, start, carry, options)
     result = call(_finish, problem, polish and Partial(polish), start, carry, history)

@@ -11,10 +11,11 @@ from jax.tree_util import Partial
 from pranam_optax._tree import PyTree
 from pranam_optax.fitting._coordinates import Coordinates
 from pranam_optax.fitting._coupled import falls, pick
-from pranam_optax.fitting._result import MinimizeResult, Run
+from pranam_optax.fitting._result import CONTINUED, MinimizeResult, Run
 from pranam_optax.fitting._runs import (
     LARGEST_COVARIANCE,
     Search,
+    continues,
     coupled,
     evolution,
     independent,
@@ -58,10 +59,13 @@ def restart(
                 if ended is not None:
                     break
         costs[kind] += search.cost - cost
+        joined = kind == "coupled" and continues(counts[kind])
         counts[kind] += 1
         lowest[kind] = np.fmin(lowest[kind], value)
         made = search.num_evaluations - before
-        runs.append(Run(kind, made, float(value) * search.unit))
+        runs.append(
+            Run(CONTINUED if joined else kind, made, float(value) * search.unit)
+        )
     return _gather(search, tuple(runs), ended)
 
 

@@ -19,6 +19,8 @@ from pranam_optax.fitting._plot import plot_fit, plot_result
 _VALUE_TOLERANCE = 1e-5
 _PARAMS_TOLERANCE = 1e-2
 _MAX_ROWS = 10
+# The kind of the runs that build on others.
+CONTINUED = "continued"
 
 
 class Minimum(NamedTuple):
@@ -44,7 +46,8 @@ class Run(NamedTuple):
     """One restart of a search with a budget.
 
     Attributes:
-      kind: "coupled", "evolution" or "independent".
+      kind: "coupled", "evolution" or "independent"; "continued" if coupled replicas
+        were joined with what other runs had found.
       num_evaluations: what it has spent.
       value: the lowest value that it has seen.
     """
@@ -150,8 +153,8 @@ class MinimizeResult:
     def restarts(self) -> dict[str, tuple[int, int]]:
         """How many runs of each kind reached the best value, and how many there were.
 
-        Runs know nothing of each other, so that this says how far to trust it. Empty
-        without a budget.
+        Runs know nothing of each other, but for "continued" ones, so that this says how
+        far to trust it. Empty without a budget.
         """
         reached = self._reach([run.value for run in self.runs])
         kinds = np.array([run.kind for run in self.runs])
@@ -164,12 +167,15 @@ class MinimizeResult:
     def confirmed(self) -> bool:
         """Whether the best value was found more than once, and is a minimum.
 
-        With a budget, by at least two runs. Without one, by at least two replicas in
-        the same place; these are drawn together, so this is weak evidence: repeat with
-        another `key`, or with a budget, before you trust it.
+        With a budget, by at least two runs that know nothing of each other. Without
+        one, by at least two replicas in the same place; these are drawn together, so
+        this is weak evidence: repeat with another `key`, or with a budget, before you
+        trust it.
         """
         if self.runs:
-            times = sum(reached for reached, _ in self.restarts.values())
+            times = sum(
+                n for kind, (n, _) in self.restarts.items() if kind != CONTINUED
+            )
         else:
             times = self.minima[0].num_replicas if self.minima else 0
         return times > 1 and not bool(self.unbounded)

@@ -25,6 +25,7 @@ from pranam_optax.fitting._coupled import (
     begin_at,
     make_method,
     pick,
+    spread_out,
 )
 from pranam_optax.fitting._evolve import Population, begin_population, evolve
 from pranam_optax.fitting._polish import (
@@ -56,7 +57,7 @@ _HORIZON = 20
 # Recombination: how many of the lowest points may be moved, steps of a descent, and
 # cycles without gain after which it ends.
 _BASES = 8
-_SHORT = 20
+_SHORT = 8
 _STALLED = 16
 
 
@@ -203,6 +204,11 @@ def independent(
         yield from _descents(search, pick(chunk.z, lowest[:LANES]))
 
 
+def continues(count: int) -> bool:
+    """Whether a coupled run joins its replicas with what other runs have found."""
+    return count % 2 == 1
+
+
 def coupled(search: Search, key: jax.Array, count: int) -> Generator[Chunk, None, None]:
     """Coupled replicas, twice as many steps each time, and descents from the best."""
     settings = search.settings
@@ -214,6 +220,7 @@ def coupled(search: Search, key: jax.Array, count: int) -> Generator[Chunk, None
     usable = np.flatnonzero(np.isfinite(chunk.point_values))
     usable = usable if len(usable) else np.array([0])
     z = pick(chunk.z, usable[np.arange(num_replicas) % len(usable)])
+    z = spread_out(search.problem, z)
     params = search.coordinates.bounds.low
     method = make_method(
         params, key, num_replicas, total, settings.optimizer, settings.coupling
@@ -233,8 +240,9 @@ def coupled(search: Search, key: jax.Array, count: int) -> Generator[Chunk, None
         yield Chunk(evaluations, lowest, carry.best_z, np.asarray(carry.best_values))
         step += num
     pool = _Pool(carry.best_z, np.asarray(carry.best_values))
-    for points in search.found:
-        pool.add(*points)
+    if continues(count):
+        for points in search.found:
+            pool.add(*points)
     if settings.polish is not None:
         yield from _recombine(search, pool, jax.random.fold_in(key, 1), total)
     yield from _descents(search, pick(pool.z, pool.distinct(LANES)))
