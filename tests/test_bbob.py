@@ -153,3 +153,38 @@ def test_cma_reaches_all_targets_of_the_sphere(x64):
     counted = bbob_runtimes.Counted(bbob.make(1, 2, 1))
     bbob_runtimes.run_cma(counted, dim=2, budget=1000, seed=0)
     assert np.isfinite(counted.runtimes()).all() and len(counted.history) < 1000
+
+
+def test_searches_end_at_the_last_target_or_when_the_budget_is_spent(x64):
+    """Methods of `peers` see the box as the unit cube."""
+    problem = bbob.make(1, 2, 1)
+    limited = bbob_runtimes.Limited(problem, 3)
+    u = (np.asarray(problem.minimizer) + 5) / 10 + np.array([0.1, 0.0])
+    value, gradient = limited.value_and_grad(u)
+    np.testing.assert_allclose(value - float(problem.minimum), 1.0)
+    np.testing.assert_allclose(gradient, [20.0, 0.0], atol=1e-9)
+    limited.value(u)
+    with pytest.raises(bbob_runtimes.ReachedError):
+        limited.value(u)
+    with pytest.raises(bbob_runtimes.ReachedError):
+        bbob_runtimes.Limited(problem, 3).value(u - np.array([0.1, 0.0]))
+
+
+def test_tables_of_runtimes():
+    half = 2 * 10.0**3 * np.ones(51)
+    half[26:] = np.inf
+    rows = [
+        dict(
+            zip(
+                bbob_runtimes.columns(),
+                map(str, ["pranam", 2, 1, i, value, 1.0, cost, *times]),
+                strict=True,
+            )
+        )
+        for i, (times, value) in enumerate([(half, 1e-3), (half / 20, 1e-3)])
+        for cost in (2, 3)
+    ]
+    text = bbob_runtimes.tables(rows)
+    # Half of the targets: one run within 1e2, both within 1e3 evaluations over dim.
+    assert "| pranam | 2 | 0.25 / 0.51 / 0.51 | 0.25 / 0.51 / 0.51 | - |" in text
+    assert "| pranam | f1 | 0.51 | 0 of 2 | 525 | 1.0e-03 |" in text

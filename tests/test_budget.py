@@ -163,8 +163,14 @@ def test_a_population_learns_the_metric(x64):
     scales = 10.0 ** jnp.linspace(0.0, 2.0, 6)
     begun = begin_population(jax.random.key(0), jnp.ones(6))
     end, history = evolve(
-        lambda z: jnp.sum(jnp.square(scales * z)), begun, 12, jnp.arange(300), 300
+        lambda z: jnp.sum(jnp.square(scales * z)),
+        lambda z: jnp.clip(z, -0.1, 2.0),
+        begun,
+        12,
+        jnp.arange(300),
+        300,
     )
+    assert jnp.all(end.lowest >= -0.1)
     assert end.value < 1e-10 and end.value == jnp.min(history)
     deviations = jnp.sqrt(jnp.diag(end.covariance))
     np.testing.assert_allclose(jnp.log10(deviations[0] / deviations[-1]), 2.0, atol=0.4)

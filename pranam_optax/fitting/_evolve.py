@@ -14,6 +14,10 @@ the best half, sorted by value,
   \sigma &\mathrel{\times}= \exp \big(\tfrac{c_\sigma}{d_\sigma}
     (|p_\sigma| / E|N(0, I)| - 1)\big)
 
+In a box, a point outside is evaluated at the nearest one inside, :math:`\Pi z`, and
+sorted by :math:`f(\Pi z) + q |z - \Pi z|^2 / \sigma^2`, with q the distance between the
+quartiles of the generation's values.
+
 References:
   N. Hansen, `The CMA evolution strategy: A tutorial
   <https://arxiv.org/abs/1604.00772>`_, 2016: the equations and their constants.
@@ -68,6 +72,7 @@ def begin_population(
 
 def evolve(
     fun: Callable[[jax.Array], jax.Array],
+    project: Callable[[jax.Array], jax.Array],
     population: Population,
     size: int,
     generations: jax.Array,
@@ -76,7 +81,8 @@ def evolve(
     """At most `len(generations)` generations of `size` points each.
 
     Args:
-      fun: of a point `[n]`.
+      fun: of a point `[n]` in the box.
+      project: the nearest point in the box.
       population: where it begins.
       size: lambda.
       generations: their numbers, from 0 for the first of all.
@@ -108,8 +114,11 @@ def evolve(
         key, draw = jax.random.split(old.key)
         y = (jax.random.normal(draw, (size, n), dtype) * roots[None]) @ basis.T
         points = old.mean[None] + old.sigma * y
-        values = jax.vmap(fun)(points)
-        order = jnp.argsort(values)  # NaN last
+        inside = jax.vmap(project)(points)
+        values = jax.vmap(fun)(inside)
+        quartiles = jnp.nanpercentile(values, jnp.array([25.0, 75.0]).astype(dtype))
+        outside = jnp.sum(jnp.square((points - inside) / old.sigma), axis=1)
+        order = jnp.argsort(values + (quartiles[1] - quartiles[0]) * outside)
         y = y[order]
         step = w @ y
 
@@ -133,7 +142,8 @@ def evolve(
         axes = jax.lax.cond(
             generations[i] % pause == 0, _axes, lambda _: old.axes, covariance
         )
-        best = values[order[0]]
+        first = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
+        best = values[first]
         lower = best < old.value
         new = Population(
             key,
@@ -143,7 +153,7 @@ def evolve(
             axes,
             step_path,
             path,
-            jnp.where(lower, points[order[0]], old.lowest),
+            jnp.where(lower, inside[first], old.lowest),
             jnp.where(lower, best, old.value),
         )
         return new, history.at[i].set(best)

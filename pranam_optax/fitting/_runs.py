@@ -49,10 +49,11 @@ _CHUNK = 50
 # The first coupled run has this part of `num_steps`; each has twice those before.
 _FIRST_PART = 8
 # The first population is so many times the usual size: descents serve small ones.
-_FIRST_POPULATION = 4
+_FIRST_POPULATION = 8
 # Candidates nearer than this in their coordinates are copies of each other.
 _COPIES = 1e-2
-# A descent is given up that would need more than so many chunks like its last to win.
+# A descent or population is given up that would need more than so many chunks like its
+# last to win.
 _HORIZON = 20
 # Recombination: how many of the lowest points may be moved, steps of a descent, and
 # cycles without gain after which it ends.
@@ -122,7 +123,7 @@ class Search:
         self.unit, self.num_params = float(problem.unit), num_params(start.z)
         self.num_evaluations = self.num_gradients = 0
         self.speeds: dict[str, float] = {}
-        self.z, self.value = pick(start.z, 0), np.inf
+        self.z, self.value, self.lowest = pick(start.z, 0), np.inf, np.inf
         self.found: list[tuple[PyTree, np.ndarray]] = []
         self.history: list[np.ndarray] = []
         self.start_values = start.values * problem.unit
@@ -166,7 +167,8 @@ class Search:
 
     def record(self, chunk: Chunk) -> None:
         """Adds what a chunk spent, and its lowest point if it is the lowest of all."""
-        lowest = np.fmin.accumulate(np.fmin(chunk.values, self.value))
+        lowest = np.fmin.accumulate(np.fmin(chunk.values, self.lowest))
+        self.lowest = lowest[-1]
         gradients = chunk.evaluations * chunk.gradients
         made = self.num_evaluations + chunk.evaluations
         columns = made, self.num_gradients + gradients, lowest
@@ -257,40 +259,37 @@ def evolution(
     start_key, key = jax.random.split(key)
     chunk = search.starts(start_key, 1)
     yield chunk
-    population = call(_first_population, key, pick(chunk.z, 0))
+    population = call(_first_population, key, search.coordinates, pick(chunk.z, 0))
     eps = float(jnp.finfo(population.mean.dtype).eps)
     patience = 2 + -(-30 * n // (size * _CHUNK))
     record: list[float] = []
     step = 0
     while True:
-        num = search.rows("evolution", size)
-        began = time.monotonic()
-        population, history = call(
+        num, began = search.rows("evolution", size), time.monotonic()
+        population, history, z, value = call(
             _evolve,
             search.problem.fun,
             search.coordinates,
-            search.z,
             population,
             jnp.zeros(size),
             step + jnp.arange(_CHUNK),
             num,
         )
-        lowest = np.asarray(history)[:num]
+        lowest = np.append(np.asarray(history)[:num], np.asarray(value))
         search.speeds["evolution"] = num * size / (time.monotonic() - began)
-        point = call(_as_points, search.z, population.lowest)
-        value = float(population.value)
-        yield Chunk(
-            size * (1 + np.arange(num)), lowest, point, np.array([value]), False
-        )
+        made = np.append(size * (1 + np.arange(num)), size * num + 1)
+        yield Chunk(made, lowest, z, np.asarray(value), False)
         step += num
-        record.append(value)
+        record.append(float(population.value))
         width = float(population.sigma * jnp.max(population.axes[1]))
-        stuck = len(record) > patience and not (
-            record[-patience - 1] - value > 10 * eps * abs(value)
-        )
-        if stuck or not width > eps**0.75:
+        if not width > eps**0.75:
             break
-    yield from _descents(search, point)
+        if len(record) > patience:
+            gain = record[-patience - 1] - record[-1]
+            hopeless = record[-1] - _HORIZON * gain > search.value
+            if hopeless or not gain > 10 * eps * abs(record[-1]):
+                break
+    yield from _descents(search, z)
 
 
 class _Pool:
@@ -453,30 +452,51 @@ def _whole_polish(
     return polished.params, values, polished.num_evaluations
 
 
-def _first_population(key: jax.Array, z: PyTree) -> Population:
-    return begin_population(key, ravel_pytree(z)[0])
+def _to_row(coordinates: Coordinates, z: PyTree) -> jax.Array:
+    """Params as one vector, in units of their scale: straight, unlike coordinates."""
+    x, scale = coordinates.to_params(z), coordinates.scale
+    return ravel_pytree(jax.tree.map(lambda x, s: x.astype(s.dtype) / s, x, scale))[0]
+
+
+def _from_row(coordinates: Coordinates, row: jax.Array) -> PyTree:
+    """The nearest params in the box."""
+    x = ravel_pytree(coordinates.scale)[1](row)
+    return jax.tree.map(
+        lambda x, s, low, high: jnp.clip((x * s).astype(low.dtype), low, high),
+        *(x, coordinates.scale, *coordinates.bounds),
+    )
+
+
+def _first_population(
+    key: jax.Array, coordinates: Coordinates, z: PyTree
+) -> Population:
+    return begin_population(key, _to_row(coordinates, z))
 
 
 def _evolve(
     fun: Partial,
     coordinates: Coordinates,
-    like: PyTree,
     population: Population,
     empty: jax.Array,
     generations: jax.Array,
     num: jax.Array,
-) -> tuple[Population, jax.Array]:
-    unravel = ravel_pytree(like)[1]
-
-    def flat(z: jax.Array) -> jax.Array:
-        return fun(coordinates.to_params(unravel(z)))
-
-    return evolve(flat, population, len(empty), generations, num)
-
-
-def _as_points(like: PyTree, z: jax.Array) -> PyTree:
-    """A flat vector as stacked coordinates of one replica."""
-    return _add_axis(ravel_pytree(like)[1](z))
+) -> tuple[Population, jax.Array, PyTree, jax.Array]:
+    """Generations, and the lowest point as stacked coordinates with its value."""
+    low, high = (
+        ravel_pytree(jax.tree.map(lambda x, s: x.astype(s.dtype) / s, side, scale))[0]
+        for side, scale in zip(coordinates.bounds, [coordinates.scale] * 2, strict=True)
+    )
+    population, history = evolve(
+        lambda row: fun(_from_row(coordinates, row)),
+        lambda row: jnp.clip(row, low, high),
+        population,
+        len(empty),
+        generations,
+        num,
+    )
+    z = coordinates.from_params(_from_row(coordinates, population.lowest))
+    value = _within(fun, coordinates)(z)
+    return population, history, _add_axis(z), value[None]
 
 
 def _trials(
@@ -493,23 +513,9 @@ def _trials(
     of the difference of two replicas, which stay apart when the pool has converged.
     """
 
-    def as_rows(z: PyTree) -> jax.Array:
-        """Params, as lattices are regular in them, in units of their scale."""
-        x = jax.vmap(coordinates.to_params)(z)
-        unit = jax.tree.map(lambda x, s: x.astype(s.dtype) / s[None], x, scale)
-        return jax.vmap(lambda x: ravel_pytree(x)[0])(unit)
-
-    scale, bounds = coordinates.scale, coordinates.bounds
-    unravel = ravel_pytree(scale)[1]
-
-    def from_row(row: jax.Array) -> PyTree:
-        x = jax.tree.map(
-            lambda x, s, low, high: jnp.clip((x * s).astype(low.dtype), low, high),
-            *(unravel(row), scale, *bounds),
-        )
-        return coordinates.from_params(x)
-
-    flat, first = as_rows(pool), as_rows(replicas)
+    flat, first = (
+        jax.vmap(lambda z: _to_row(coordinates, z))(z) for z in (pool, replicas)
+    )
     num = jnp.maximum(jnp.sum(jnp.isfinite(pool_values)), 1)
     keys = jax.random.split(key, 5)
 
@@ -524,7 +530,9 @@ def _trials(
     even = jnp.arange(len(flat))[:, None] % 2 == 0
     difference = jnp.where(even, whole, jnp.where(mask, apart, 0.0))
     trials = base + difference
-    z = jax.vmap(from_row)(trials)
+    z = jax.vmap(lambda row: coordinates.from_params(_from_row(coordinates, row)))(
+        trials
+    )
     values = jax.vmap(_within(fun, coordinates))(z)
     nearest = jax.lax.map(
         lambda row: jnp.min(jnp.max(jnp.abs(row[None] - flat), axis=1)), trials
