@@ -19,11 +19,14 @@ from pranam_optax.fitting._runs import (
     coupled,
     evolution,
     independent,
+    join,
 )
 from pranam_optax.fitting._trace import call
 
 # A kind of run gets so many times the budget of the next kind by the best value found.
 _FAVOUR = 3
+# What is beside a bound, in scales.
+_BESIDE = 1e-3
 
 
 def restart(
@@ -72,22 +75,22 @@ def restart(
 def _gather(search: Search, runs: tuple[Run, ...], ended: str) -> MinimizeResult:
     """What all runs found, as a result."""
     problem, coordinates = search.problem, search.coordinates
-    found = [
-        (jax.tree.map(lambda x: x[None], search.z), np.array([search.value])),
-        *search.found,
-    ]
-    z = jax.tree.map(lambda *x: np.concatenate(x), *[z for z, _ in found])
-    values = np.concatenate([values for _, values in found])
+    best_z = jax.tree.map(lambda x: x[None], search.z)
+    z, values = join([(best_z, np.array([search.value])), *search.found])
     usable = np.flatnonzero(np.isfinite(values))
     usable = usable if len(usable) else np.array([0])
     params, values = call(_to_params, coordinates, pick(z, usable)), values[usable]
     best, count = int(np.argmin(values)), search.num_evaluations
-    if problem.first is not None:
-        # The user's start itself: its coordinates may lie beside a bound.
-        value, count = float(call(_value, problem.fun, problem.first)), count + 1
+    # Coordinates come near a bound and do not reach it: the user's start, and the best
+    # params with entries beside a bound moved to it.
+    snapped = call(_snap, coordinates, pick(params, best))
+    for candidate in (problem.first, snapped):
+        if candidate is None:
+            continue
+        value, count = float(call(_value, problem.fun, candidate)), count + 1
         if value < values[best]:
             values[best] = value
-            params = jax.tree.map(lambda x, y: x.at[best].set(y), params, problem.first)
+            params = jax.tree.map(lambda x, y: x.at[best].set(y), params, candidate)
     history = np.concatenate(search.history)
     in_units = jnp.asarray(values, search.slope.dtype) * problem.unit
     lowest = jnp.asarray(history[:, 2:], search.slope.dtype) * problem.unit
@@ -110,6 +113,17 @@ def _gather(search: Search, runs: tuple[Run, ...], ended: str) -> MinimizeResult
 
 def _to_params(coordinates: Coordinates, z: PyTree) -> PyTree:
     return jax.vmap(coordinates.to_params)(z)
+
+
+def _snap(coordinates: Coordinates, params: PyTree) -> PyTree:
+    def snap(
+        x: jax.Array, low: jax.Array, high: jax.Array, scale: jax.Array
+    ) -> jax.Array:
+        near = (_BESIDE * scale).astype(x.dtype)
+        x = jnp.where(x - low < near, low, x)
+        return jnp.where(high - x < near, high, x)
+
+    return jax.tree.map(snap, params, *coordinates.bounds, coordinates.scale)
 
 
 def _falls(fun: Partial, coordinates: Coordinates, z: PyTree) -> jax.Array:

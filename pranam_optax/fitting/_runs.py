@@ -5,7 +5,7 @@ them can stop when the budget is spent.
 """
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -242,9 +242,8 @@ def coupled(search: Search, key: jax.Array, count: int) -> Generator[Chunk, None
         yield Chunk(evaluations, lowest, carry.best_z, np.asarray(carry.best_values))
         step += num
     pool = _Pool(carry.best_z, np.asarray(carry.best_values))
-    if continues(count):
-        for points in search.found:
-            pool.add(*points)
+    if continues(count) and search.found:
+        pool.add(*join(search.found))
     if settings.polish is not None:
         yield from _recombine(search, pool, jax.random.fold_in(key, 1), total)
     yield from _descents(search, pick(pool.z, pool.distinct(LANES)))
@@ -255,7 +254,7 @@ def evolution(
 ) -> Generator[Chunk, None, None]:
     """A population, twice as large each time, and a descent from its best."""
     n = search.num_params
-    size = _FIRST_POPULATION * (4 + int(3 * np.log(n))) * 2**count
+    size = _FIRST_POPULATION * (4 + int(3 * np.log(n))) * 2 ** min(count, 12)
     start_key, key = jax.random.split(key)
     chunk = search.starts(start_key, 1)
     yield chunk
@@ -304,8 +303,7 @@ class _Pool:
 
     def add(self, z: PyTree, values: np.ndarray) -> bool:
         """Whether any of these points is lower than others and no copy of one."""
-        z = jax.tree.map(lambda *x: np.concatenate(x), self.z, z)
-        values = np.concatenate([self.values, values])
+        z, values = join([(self.z, self.values), (z, values)])
         chosen = _distinct(z, values, self.size)
         padded = chosen[np.arange(self.size) % len(chosen)]
         self.z = pick(z, padded)
@@ -394,6 +392,12 @@ def _descents(
     finally:
         if max_chunks is None:
             search.found.append((descents.params, values))
+
+
+def join(points: Sequence[tuple[PyTree, np.ndarray]]) -> tuple[PyTree, np.ndarray]:
+    """Stacked points and their values, one after the other."""
+    z, values = zip(*points, strict=True)
+    return jax.tree.map(lambda *x: np.concatenate(x), *z), np.concatenate(values)
 
 
 def _distinct(z: PyTree, values: np.ndarray, num: int) -> np.ndarray:
