@@ -46,7 +46,7 @@ def test_the_budget_is_spent_and_no_more(spent):
         int(spent.num_evaluations), abs=32 + 8 + 1
     )
     made, gradients = np.asarray(spent.evaluations).T
-    assert made[-1] == spent.num_evaluations
+    assert 0 <= spent.num_evaluations - made[-1] <= 2  # the start, and bounds
     assert np.all(np.diff(made) > 0) and np.all(np.diff(gradients) >= 0)
     assert np.all(gradients <= made)
     assert np.all(np.diff(spent.history[:, 0]) <= 0)
