@@ -167,7 +167,8 @@ def minimize(
         generation is finished.
       time_limit: in seconds, compilation included. Checked between compiled calls,
         whose length is adapted to it.
-      target: a value of `fun` that is good enough.
+      target: a value of `fun` that is good enough. Alone, the search for one that does
+        not exist never ends.
 
     Returns:
       A `MinimizeResult`.
