@@ -30,6 +30,7 @@ import peers
 import pranam_optax
 
 TARGETS = np.logspace(2, -8, 51)
+TENTH = 15  # where the target 0.1 is
 
 excess = jax.jit(bbob.Problem.excess)
 excess_and_gradient = jax.jit(jax.value_and_grad(bbob.Problem.excess, argnums=1))
@@ -135,7 +136,7 @@ Run = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def run_peer(name: str) -> Callable[[bbob.Problem, int, int], Run]:
-    """Values above the minimum, and which evaluations had a gradient."""
+    """Values above the minimum; of each, how many evaluations and gradients it took."""
 
     def run(problem: bbob.Problem, budget: int, seed: int) -> Run:
         dim = len(problem.minimizer)
@@ -236,6 +237,12 @@ def times_of(rows: list[dict[str, str]]) -> np.ndarray:
     return np.array([[float(row[c]) for c in columns()[len(HEADER) :]] for row in rows])
 
 
+def of_method(
+    rows: list[dict[str, str]], method: str, cost: int
+) -> list[dict[str, str]]:
+    return [r for r in rows if r["method"] == method and int(r["cost"]) == cost]
+
+
 def tables(rows: list[dict[str, str]]) -> str:
     """Shares of the targets by groups of functions, and aRT per function."""
     lines = []
@@ -249,11 +256,7 @@ def tables(rows: list[dict[str, str]]) -> str:
         ]
         for method in dict.fromkeys(row["method"] for row in of_dim):
             for cost in (2, dim + 1):
-                own = [
-                    row
-                    for row in of_dim
-                    if row["method"] == method and int(row["cost"]) == cost
-                ]
+                own = of_method(of_dim, method, cost)
                 if method == "cma" and cost > 2:
                     continue
                 cells, first = [_shares(times_of(own), dim)], 1
@@ -273,15 +276,12 @@ def tables(rows: list[dict[str, str]]) -> str:
             "| --- " * 6 + "|",
         ]
         for row in dict.fromkeys((r["method"], r["function"]) for r in of_dim):
-            own = [
-                r
-                for r in of_dim
-                if (r["method"], r["function"]) == row and r["cost"] == "2"
-            ]
+            own = of_method(of_dim, row[0], 2)
+            own = [r for r in own if r["function"] == row[1]]
             times = times_of(own)
             within = times <= 1e4 * dim
-            hit = within[:, 45 - 30]  # 1e-1
-            spent = np.where(hit, times[:, 15], 1e4 * dim).sum()
+            hit = within[:, TENTH]
+            spent = np.where(hit, times[:, TENTH], 1e4 * dim).sum()
             art = f"{spent / hit.sum() / dim:.0f}" if hit.any() else "inf"
             value = np.median([float(r["value"]) for r in own])
             lines.append(
@@ -311,11 +311,7 @@ def plot(rows: list[dict[str, str]], path: str) -> None:
         of_dim = [row for row in rows if int(row["dim"]) == dim]
         for method in dict.fromkeys(row["method"] for row in of_dim):
             for cost, style in ((2, "-"), (dim + 1, ":")):
-                own = [
-                    r
-                    for r in of_dim
-                    if r["method"] == method and int(r["cost"]) == cost
-                ]
+                own = of_method(of_dim, method, cost)
                 times = times_of(own)
                 label = f"{method}, gradient = {cost}"
                 shares = [share(times, b * dim) for b in budgets]

@@ -150,7 +150,7 @@ def begin(
         params = jax.tree.map(lambda x, y: x.at[0].set(y), params, first)
     coordinates = make_coordinates(params, bounds)
     z = jax.vmap(coordinates.from_params)(params)
-    values = jax.vmap(lambda z: fun(coordinates.to_params(z)))(z)
+    values = jax.vmap(within(fun, coordinates))(z)
     finite_first = jnp.argsort(~jnp.isfinite(values), stable=True)
     z = pick(z, finite_first[: len(keys) // TRIES])
     return Start(coordinates, params, values, z)
@@ -215,6 +215,16 @@ def advance(
 def _unit_gradients(grads: PyTree) -> PyTree:
     largest = largest_magnitudes(grads)
     return scale(jnp.where(largest == 0, 1.0, 1 / largest), grads)
+
+
+def within(fun: Function, coordinates: Coordinates) -> Function:
+    """The function of a model's coordinates."""
+    return lambda z: fun(coordinates.to_params(z))
+
+
+def add_axis(tree: PyTree) -> PyTree:
+    """One model as stacked models, of one replica."""
+    return jax.tree.map(lambda x: x[None], tree)
 
 
 def lowest_index(values: jax.Array) -> jax.Array:

@@ -30,6 +30,7 @@ from pranam_optax.fitting._coupled import (
     Method,
     Problem,
     Start,
+    add_axis,
     advance,
     begin,
     begin_at,
@@ -38,6 +39,7 @@ from pranam_optax.fitting._coupled import (
     make_method,
     pick,
     spread_out,
+    within,
 )
 from pranam_optax.fitting._polish import Function, Polish, check_polish, second_order
 from pranam_optax.fitting._restarts import restart
@@ -283,7 +285,13 @@ def _search_within(
             "jax.vmap: the search is more than one compiled program"
         )
     _check_start(start, box)
-    settings = Settings(*options[1:6])
+    settings = Settings(
+        options.num_replicas,
+        options.num_steps,
+        options.optimizer,
+        options.coupling,
+        options.polish,
+    )
     search = Search(problem, draw, start, settings, budget, began)
     every, called = options.callback_every or 1, 0
     with _progress_bar(limit) if options.progress else contextlib.nullcontext() as bar:
@@ -298,8 +306,8 @@ def _search_within(
                 return False
             called = search.num_evaluations
             params = start.coordinates.to_params(search.z)
-            stacked = jax.tree.map(lambda x: x[None], params)
-            return options.callback(Progress(called, limit, stacked, value[None]))
+            progress = Progress(called, limit, add_axis(params), value[None])
+            return options.callback(progress)
 
         return restart(search, key, watch)
 
@@ -401,11 +409,8 @@ def _finish(
     """Polishes, and gathers what was found."""
     coordinates, unit = start.coordinates, problem.unit
 
-    def within(function: Function) -> Function:
-        return lambda z: function(coordinates.to_params(z))
-
-    fun = within(problem.fun)
-    residuals = problem.residuals and within(problem.residuals)
+    fun = within(problem.fun, coordinates)
+    residuals = problem.residuals and within(problem.residuals, coordinates)
     num_evaluations = jnp.asarray(len(start.values) + history.size, jnp.int32)
     groups = [carry.z, carry.best_z, start.z]
     if polish is not None:

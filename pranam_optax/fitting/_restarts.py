@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 
 from pranam_optax._tree import PyTree
 from pranam_optax.fitting._coordinates import Coordinates
-from pranam_optax.fitting._coupled import falls, pick
+from pranam_optax.fitting._coupled import add_axis, falls, pick, within
 from pranam_optax.fitting._result import CONTINUED, MinimizeResult, Run
 from pranam_optax.fitting._runs import (
     LARGEST_COVARIANCE,
@@ -75,7 +75,7 @@ def restart(
 def _gather(search: Search, runs: tuple[Run, ...], ended: str) -> MinimizeResult:
     """What all runs found, as a result."""
     problem, coordinates = search.problem, search.coordinates
-    best_z = jax.tree.map(lambda x: x[None], search.z)
+    best_z = add_axis(search.z)
     z, values = join([(best_z, np.array([search.value])), *search.found])
     usable = np.flatnonzero(np.isfinite(values))
     usable = usable if len(usable) else np.array([0])
@@ -127,7 +127,7 @@ def _snap(coordinates: Coordinates, params: PyTree) -> PyTree:
 
 
 def _falls(fun: Partial, coordinates: Coordinates, z: PyTree) -> jax.Array:
-    return falls(lambda z: fun(coordinates.to_params(z)), coordinates, z)
+    return falls(within(fun, coordinates), coordinates, z)
 
 
 def _value(fun: Partial, params: PyTree) -> jax.Array:

@@ -21,17 +21,18 @@ from pranam_optax.fitting._coordinates import Coordinates
 from pranam_optax.fitting._coupled import (
     Problem,
     Start,
+    add_axis,
     advance,
     begin_at,
     make_method,
     pick,
     spread_out,
+    within,
 )
 from pranam_optax.fitting._evolve import Population, begin_population, evolve
 from pranam_optax.fitting._polish import (
     PATIENCE,
     Descents,
-    Function,
     Polish,
     begin_descents,
     descend,
@@ -419,20 +420,20 @@ def _distinct(z: PyTree, values: np.ndarray, num: int) -> np.ndarray:
 
 
 def _slope(fun: Partial, coordinates: Coordinates, z: PyTree) -> jax.Array:
-    return typical_slope(_within(fun, coordinates), z)
+    return typical_slope(within(fun, coordinates), z)
 
 
 def _draw(
     fun: Partial, draw: Partial, coordinates: Coordinates, keys: jax.Array
 ) -> tuple[PyTree, jax.Array]:
     z = jax.vmap(lambda key: coordinates.from_params(draw(key)))(keys)
-    return z, jax.vmap(_within(fun, coordinates))(z)
+    return z, jax.vmap(within(fun, coordinates))(z)
 
 
 def _begin_descents(
     fun: Partial, coordinates: Coordinates, z: PyTree, unit: jax.Array, usable: Any
 ) -> Descents:
-    descents = begin_descents(_within(fun, coordinates), z, unit)
+    descents = begin_descents(within(fun, coordinates), z, unit)
     return descents._replace(idle=jnp.where(usable, descents.idle, PATIENCE))
 
 
@@ -443,14 +444,14 @@ def _descend(
     unit: jax.Array,
     *limits: Any,
 ) -> tuple[Descents, jax.Array]:
-    return descend(_within(fun, coordinates), descents, unit, *limits)
+    return descend(within(fun, coordinates), descents, unit, *limits)
 
 
 def _whole_polish(
     problem: Problem, coordinates: Coordinates, polish: Partial, z: PyTree
 ) -> tuple[PyTree, jax.Array, jax.Array]:
-    fun = _within(problem.fun, coordinates)
-    residuals = problem.residuals and _within(problem.residuals, coordinates)
+    fun = within(problem.fun, coordinates)
+    residuals = problem.residuals and within(problem.residuals, coordinates)
     polished = polish(fun, residuals, z)
     values = jax.vmap(fun)(polished.params)
     return polished.params, values, polished.num_evaluations
@@ -458,8 +459,12 @@ def _whole_polish(
 
 def _to_row(coordinates: Coordinates, z: PyTree) -> jax.Array:
     """Params as one vector, in units of their scale: straight, unlike coordinates."""
-    x, scale = coordinates.to_params(z), coordinates.scale
-    return ravel_pytree(jax.tree.map(lambda x, s: x.astype(s.dtype) / s, x, scale))[0]
+    return _in_scales(coordinates, coordinates.to_params(z))
+
+
+def _in_scales(coordinates: Coordinates, params: PyTree) -> jax.Array:
+    scaled = jax.tree.map(lambda x, s: x.astype(s.dtype) / s, params, coordinates.scale)
+    return ravel_pytree(scaled)[0]
 
 
 def _from_row(coordinates: Coordinates, row: jax.Array) -> PyTree:
@@ -486,10 +491,7 @@ def _evolve(
     num: jax.Array,
 ) -> tuple[Population, jax.Array, PyTree, jax.Array]:
     """Generations, and the lowest point as stacked coordinates with its value."""
-    low, high = (
-        ravel_pytree(jax.tree.map(lambda x, s: x.astype(s.dtype) / s, side, scale))[0]
-        for side, scale in zip(coordinates.bounds, [coordinates.scale] * 2, strict=True)
-    )
+    low, high = (_in_scales(coordinates, side) for side in coordinates.bounds)
     population, history = evolve(
         lambda row: fun(_from_row(coordinates, row)),
         lambda row: jnp.clip(row, low, high),
@@ -499,8 +501,8 @@ def _evolve(
         num,
     )
     z = coordinates.from_params(_from_row(coordinates, population.lowest))
-    value = _within(fun, coordinates)(z)
-    return population, history, _add_axis(z), value[None]
+    value = within(fun, coordinates)(z)
+    return population, history, add_axis(z), value[None]
 
 
 def _trials(
@@ -516,7 +518,6 @@ def _trials(
     Half of the trials take the difference of two points of the pool, half a random part
     of the difference of two replicas, which stay apart when the pool has converged.
     """
-
     flat, first = (
         jax.vmap(lambda z: _to_row(coordinates, z))(z) for z in (pool, replicas)
     )
@@ -537,18 +538,10 @@ def _trials(
     z = jax.vmap(lambda row: coordinates.from_params(_from_row(coordinates, row)))(
         trials
     )
-    values = jax.vmap(_within(fun, coordinates))(z)
+    values = jax.vmap(within(fun, coordinates))(z)
     nearest = jax.lax.map(
         lambda row: jnp.min(jnp.max(jnp.abs(row[None] - flat), axis=1)), trials
     )
     values = jnp.where(nearest > _COPIES, values, jnp.inf)
     chosen = jnp.argsort(values)[:LANES]
     return pick(z, chosen), values[chosen]
-
-
-def _within(fun: Function, coordinates: Coordinates) -> Function:
-    return lambda z: fun(coordinates.to_params(z))
-
-
-def _add_axis(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x[None], tree)
