@@ -520,8 +520,8 @@ def test_bad_options(options, message):
     refused(message, minimize_camel, **options)
 
 
-def test_integers_are_no_params():
-    message, init = r"init\['x'\] has dtype int", ONE | {"x": 1}
+def test_arrays_of_integers_are_no_params():
+    message, init = r"init\['x'\] has dtype int", ONE | {"x": np.array(1)}
     refused(message, minimize, camel, init, bounds=BOUNDS, error=TypeError)
 
 

@@ -1,5 +1,6 @@
 """Coordinates in which bounded parameters are free and have the same unit scale."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -182,6 +183,64 @@ def draw_around(key: jax.Array, start: PyTree, bounds: Bounds) -> PyTree:
     return jax.tree.map(draw, *bounds, keys, start)
 
 
+def is_numbers(x: Any) -> bool:
+    """Whether this is a list of numbers, or of such lists: an array to be."""
+    return (
+        isinstance(x, list)
+        and bool(x)
+        and all(isinstance(y, (int, float, np.number)) or is_numbers(y) for y in x)
+    )
+
+
+def to_params(init: PyTree, shapes: PyTree | None) -> PyTree:
+    """Params from what a user writes: ints, floats and lists of them too."""
+
+    def to_param(x: Any) -> Any:
+        if is_numbers(x) or (isinstance(x, int) and not isinstance(x, bool)):
+            return jnp.asarray(np.asarray(x, float), float)
+        return jnp.asarray(x)
+
+    params = jax.tree.map(to_param, init, is_leaf=is_numbers)
+    return _in_shapes(
+        params, shapes, "init", lambda x, shape: jnp.broadcast_to(x, shape), None
+    )
+
+
+def _in_shapes(
+    tree: PyTree,
+    shapes: PyTree | None,
+    name: str,
+    broadcast: Callable[[Any, tuple[int, ...]], Any],
+    is_leaf: Callable[[Any], bool] | None,
+) -> PyTree:
+    """The tree with those leaves broadcast that `shapes` names."""
+    if shapes is None:
+        return tree
+    wanted = {
+        keystr(path): (shape,) if isinstance(shape, int) else tuple(shape)
+        for path, shape in jax.tree_util.tree_leaves_with_path(
+            shapes, is_leaf=lambda x: isinstance(x, (tuple, list))
+        )
+    }
+
+    def in_shape(path: Any, leaf: Any) -> Any:
+        shape = wanted.pop(keystr(path), None)
+        if shape is None:
+            return leaf
+        for side in leaf if isinstance(leaf, (tuple, list)) else [leaf]:
+            if not broadcasts_to(np.shape(side), shape):
+                raise ValueError(
+                    f"{name}{keystr(path)} has shape {np.shape(side)}, which does not "
+                    f"broadcast to the shape {shape} that shapes gives"
+                )
+        return broadcast(leaf, shape)
+
+    tree = jax.tree_util.tree_map_with_path(in_shape, tree, is_leaf=is_leaf)
+    if wanted:
+        raise ValueError(f"shapes has {', '.join(wanted)}, which {name} does not have")
+    return tree
+
+
 def check_params(params: PyTree, name: str) -> None:
     """Checks that one model's params, or their shapes, are real floats."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -196,12 +255,15 @@ def check_params(params: PyTree, name: str) -> None:
             )
 
 
-def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
+def parse_bounds(
+    bounds: PyTree, like: PyTree | None, shapes: PyTree | None = None
+) -> Bounds:
     """Checks a tree of pairs `(low, high)`.
 
     Args:
       bounds: a pair for each leaf of the params, or None for no bounds at all.
       like: one model's params, or their shapes; None to take them from the bounds.
+      shapes: with `like` None, the shapes of leaves whose bounds are numbers.
 
     Raises:
       ValueError: for bounds of another structure or shape, or reversed, and for sides
@@ -210,6 +272,13 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
     if like is None:
         if bounds is None:
             raise ValueError("pass init, or bounds, or both")
+        bounds = _in_shapes(
+            bounds,
+            shapes,
+            "bounds",
+            lambda pair, shape: tuple(np.broadcast_to(side, shape) for side in pair),
+            _is_pair,
+        )
         shapes = jax.tree_util.tree_map_with_path(
             lambda path, pair: _shape_between("bounds" + keystr(path), pair),
             bounds,
@@ -235,6 +304,7 @@ def parse_bounds(bounds: PyTree, like: PyTree | None) -> Bounds:
     ):
         where, shape, dtype = "bounds" + keystr(path), jnp.shape(leaf), leaf_dtype(leaf)
         _check_pair(where, pair)
+        pair = [np.asarray(side) if is_numbers(side) else side for side in pair]
         for side in pair:
             if not broadcasts_to(jnp.shape(side), shape):
                 raise ValueError(
@@ -270,7 +340,8 @@ def _check_pair(where: str, pair: Any) -> None:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ValueError(f"{where} must be a pair (low, high), got {pair!r}; {_FORM}")
     for side in pair:
-        if not (isinstance(side, (int, float)) or hasattr(side, "dtype")):
+        number = isinstance(side, (int, float)) or hasattr(side, "dtype")
+        if not (number or is_numbers(side)):
             raise ValueError(
                 f"{where} has a side that is no number or array, {side!r}, in "
                 f"{pair!r}; {_FORM}"

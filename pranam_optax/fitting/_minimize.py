@@ -22,6 +22,7 @@ from pranam_optax.fitting._coordinates import (
     check_within,
     draw_around,
     parse_bounds,
+    to_params,
     working_dtype,
 )
 from pranam_optax.fitting._coupled import (
@@ -47,6 +48,7 @@ from pranam_optax.fitting._result import MinimizeResult
 from pranam_optax.fitting._runs import LANES, Budget, Search, Settings
 from pranam_optax.fitting._trace import (
     call,
+    explained,
     scalar_function,
     trace,
     vector_function,
@@ -91,6 +93,20 @@ class Options(NamedTuple):
     callback_every: int | None = None
 
 
+class Starts(NamedTuple):
+    """Where a search begins.
+
+    Attributes:
+      first: the user's start, if there is one.
+      draw: makes others from keys.
+      box: the bounds.
+    """
+
+    first: PyTree | None
+    draw: Partial
+    box: Bounds
+
+
 @with_auto_axes
 def minimize(
     fun: Callable[[PyTree], jax.Array],
@@ -102,6 +118,7 @@ def minimize(
     optimizer: optax.GradientTransformation | None = None,
     coupling: Coupling | None = None,
     bounds: PyTree | None = None,
+    shapes: PyTree | None = None,
     polish: Polish | None = second_order(),  # noqa: B008
     callback: Callback | None = None,
     callback_every: int | None = None,
@@ -143,7 +160,8 @@ def minimize(
 
     Args:
       fun: takes one model's params and returns a scalar.
-      init: one model's params: the first start, around which the others are drawn
+      init: one model's params (lists of numbers are arrays): the first start, around
+        which the others are drawn
         (uniformly between finite bounds, log-normally at the start's distance from a
         single bound, normally with the start's own size where there is none). Or a
         function of a key that returns a random start (a callable pytree, such as an
@@ -158,6 +176,9 @@ def minimize(
       bounds: a pair `(low, high)` for each leaf of the params, of numbers or arrays
         that broadcast to the leaf; either side may be infinite. If the params are one
         vector, SciPy's list of pairs too.
+      shapes: of params whose start and bounds are numbers, like the params: an int or a
+        tuple for each, such as `{"height": 3}`. By default a param has the shape of its
+        start, or of its bounds without one.
       polish: the refinement, such as `fitting.lbfgs(max_steps=500)`, or None for none.
       callback: called with a `Progress` now and then; return True to end the coupled
         phase, or the search with a budget.
@@ -210,14 +231,39 @@ def minimize(
         Budget(max_evaluations, time_limit, target),
         callback_every,
     )
-    return search(fun, None, init, bounds, options)
+    starts = make_starts(init, bounds, shapes, options.key)
+    return search(fun, None, starts, options)
+
+
+def make_starts(
+    init: PyTree | Callable[[jax.Array], PyTree] | None,
+    bounds: PyTree | None,
+    shapes: PyTree | None,
+    key: int | jax.Array,
+) -> Starts:
+    """Checks the arguments of a search that describe its params."""
+    if callable(init) and (isinstance(init, Partial) or all_leaves([init])):
+        if shapes is not None:
+            raise ValueError("shapes cannot be given with a function for init")
+        key = as_key(key)
+        draw = trace(init, key)
+        drawn = jax.eval_shape(draw, key)
+        check_params(drawn, "init(key)")
+        return Starts(None, draw, parse_bounds(bounds, drawn))
+    if init is None:
+        box = parse_bounds(bounds, None, shapes)
+        return Starts(None, Partial(draw_around, start=box.low, bounds=box), box)
+    first = to_params(init, shapes)
+    check_params(first, "init")
+    box = parse_bounds(bounds, first)
+    check_within(first, box, "init")
+    return Starts(first, Partial(draw_around, start=first, bounds=box), box)
 
 
 def search(
     fun: Function,
     residuals: Function | None,
-    init: PyTree | Callable[[jax.Array], PyTree] | None,
-    bounds: PyTree | None,
+    starts: Starts,
     options: Options,
     unit: jax.Array | float = 1.0,
 ) -> MinimizeResult:
@@ -231,7 +277,7 @@ def search(
     polish = options.polish
     check_polish(polish, residuals is not None)
     start_key, key = jax.random.split(as_key(options.key))
-    first, draw, box = _make_starts(init, bounds, start_key)
+    first, draw, box = starts
     problem = Problem(
         _make_function(fun, box.low),
         residuals and vector_function(residuals, box.low),
@@ -312,29 +358,9 @@ def _search_within(
         return restart(search, key, watch)
 
 
-def _make_starts(
-    init: PyTree | Callable[[jax.Array], PyTree] | None,
-    bounds: PyTree | None,
-    key: jax.Array,
-) -> tuple[PyTree | None, Partial, Bounds]:
-    """The user's start, the function that draws the others, and the bounds."""
-    if callable(init) and (isinstance(init, Partial) or all_leaves([init])):
-        draw = trace(init, key)
-        shapes = jax.eval_shape(draw, key)
-        check_params(shapes, "init(key)")
-        return None, draw, parse_bounds(bounds, shapes)
-    if init is None:
-        box = parse_bounds(bounds, None)
-        return None, Partial(draw_around, start=box.low, bounds=box), box
-    check_params(init, "init")
-    first = jax.tree.map(jnp.asarray, init)
-    box = parse_bounds(bounds, first)
-    check_within(first, box, "init")
-    return first, Partial(draw_around, start=first, bounds=box), box
-
-
 def _make_function(fun: Function, params: PyTree) -> Partial:
-    value = jax.eval_shape(lambda params: fun(params), params)
+    with explained():
+        value = jax.eval_shape(lambda params: fun(params), params)
     if not isinstance(value, jax.ShapeDtypeStruct) or value.shape:
         described = jax.tree.map(lambda x: x.shape, value)
         raise ValueError(

@@ -2,23 +2,31 @@
 
 import dataclasses
 import functools
-import html
-import pickle
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial, keystr
 
 from pranam_optax._tree import PyTree
-from pranam_optax.fitting._plot import plot_fit, plot_result
+from pranam_optax.fitting._plot import plot_result
+from pranam_optax.fitting._report import (
+    Report,
+    add_axis,
+    as_matrix,
+    check_single,
+    each,
+    parameter_names,
+    to_arrays,
+    to_html,
+    to_lists,
+    to_text,
+)
 
 # Replicas share a minimum if their values agree to this part of the value's size, or to
 # rounding of the values at the starts, and their params to this part of the scale.
 _VALUE_TOLERANCE = 1e-5
 _PARAMS_TOLERANCE = 1e-2
-_MAX_ROWS = 10
 # The kind of the runs that build on others.
 CONTINUED = "continued"
 
@@ -111,7 +119,7 @@ class MinimizeResult:
         check_single(self.value)
         replica_params = jax.tree.map(np.asarray, self.replica_params)
         values = np.asarray(self.replica_values, np.float64)
-        points = _as_matrix(replica_params) / _as_matrix(_add_axis(self.scale))
+        points = as_matrix(replica_params) / as_matrix(add_axis(self.scale))
         groups: list[list[int]] = []
         for r in np.argsort(values, kind="stable"):
             if not np.isfinite(values[r]):
@@ -180,9 +188,13 @@ class MinimizeResult:
             times = self.minima[0].num_replicas if self.minima else 0
         return times > 1 and not bool(self.unbounded)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python and NumPy: what was found, without the history."""
-        check_single(self.value)
+    def to_dict(self) -> Any:
+        """Plain Python, for JSON: what was found, without the history.
+
+        Of a batch, a list of as many dicts.
+        """
+        if np.ndim(self.value):
+            return each(self, MinimizeResult.to_dict)
         return {
             "params": to_lists(self.params),
             "value": float(self.value),
@@ -198,7 +210,33 @@ class MinimizeResult:
                 }
                 for minimum in self.minima
             ],
+            "replica_params": to_lists(self.replica_params),
+            "replica_values": to_lists(self.replica_values),
+            "scale": to_lists(self.scale),
+            "start_values": to_lists(self.start_values),
+            "unbounded": bool(self.unbounded),
+            "checked": self.checked,
         }
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "MinimizeResult":
+        """The result of which this is what `to_dict` returned, such as from JSON."""
+        values = to_arrays(saved["replica_values"])
+        return cls(
+            **{
+                name: to_arrays(saved[name])
+                for name in ("params", "value", "replica_params", "scale")
+            },
+            replica_values=values,
+            history=jnp.zeros((0, 1 if saved["runs"] else len(values)), values.dtype),
+            start_values=to_arrays(saved["start_values"]),
+            num_evaluations=jnp.asarray(saved["num_evaluations"]),
+            unbounded=jnp.asarray(saved["unbounded"]),
+            evaluations=jnp.zeros((0, 2), int) if saved["runs"] else None,
+            runs=tuple(Run(**run) for run in saved["runs"]),
+            ended=saved["ended"],
+            checked=saved["checked"],
+        )
 
     def table(self) -> dict[str, list[float]]:
         """One row per replica, sorted by value, as columns.
@@ -211,14 +249,14 @@ class MinimizeResult:
         minimum_of = {
             r: i for i, minimum in enumerate(self.minima) for r in minimum.replicas
         }
-        matrix = _as_matrix(self.replica_params)[order]
+        matrix = as_matrix(self.replica_params)[order]
         columns: dict[str, list[Any]] = {
             "replica": order.tolist(),
             "value": np.asarray(self.replica_values)[order].tolist(),
             "minimum": [minimum_of.get(r, -1) for r in order.tolist()],
         }
         for name, column in zip(
-            _parameter_names(self.params), matrix.T.tolist(), strict=True
+            parameter_names(self.params), matrix.T.tolist(), strict=True
         ):
             columns[f"params.{name}" if name in columns else name] = column
         return columns
@@ -228,7 +266,7 @@ class MinimizeResult:
         check_single(self.value)
         return plot_result(self)
 
-    def _report(self) -> "_Report":
+    def _report(self) -> "Report":
         values = [m.value for m in self.minima]
         arrangements = int(self._reach(values).sum())
         found_by = sum(m.num_replicas for m in self.minima[:arrangements])
@@ -254,194 +292,12 @@ class MinimizeResult:
             summary["warning"] = "the function falls without end towards these params"
         if not self.checked:
             summary["note"] = "found under jit or vmap, where values are not checked"
-        names = _parameter_names(self.params)
-        cells = [f"{x:.8g}" for x in _as_matrix(_add_axis(self.params))[0]]
-        return _Report(summary, {"parameter": names, "value": cells})
+        names = parameter_names(self.params)
+        cells = [f"{x:.8g}" for x in as_matrix(add_axis(self.params))[0]]
+        return Report(summary, {"parameter": names, "value": cells})
 
     def __repr__(self) -> str:
-        return _to_text(self)
+        return to_text(self)
 
     def _repr_html_(self) -> str:
-        return _to_html(self)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class FitResult:
-    """What `fit` found: the result of the search, and statistics.
-
-    Attributes:
-      search: the `MinimizeResult`; its commonest attributes are properties here.
-      model: the model; `result.predict(x)` applies it at the best params.
-      x: the inputs.
-      y: the data.
-      sigma: standard deviations of the data, or None.
-      covariance: of the entries of the params in the order of their leaves, `[P, P]`;
-        None for another loss than least squares. Infinite or NaN where the data do
-        not determine the params, or where a square is beyond the range of the dtype.
-      standard_errors: like one model's params, or None: the square roots of the
-        covariance's diagonal.
-      chi_square: sum of the squared residuals over sigma at the best params.
-    """
-
-    search: MinimizeResult
-    model: Partial
-    x: PyTree
-    y: jax.Array
-    sigma: jax.Array | None
-    covariance: jax.Array | None
-    standard_errors: PyTree | None
-    chi_square: jax.Array
-
-    params = property(lambda self: self.search.params)
-    value = property(lambda self: self.search.value)
-    minima = property(lambda self: self.search.minima)
-    confirmed = property(lambda self: self.search.confirmed)
-    replica_params = property(lambda self: self.search.replica_params)
-    replica_values = property(lambda self: self.search.replica_values)
-    history = property(lambda self: self.search.history)
-    num_evaluations = property(lambda self: self.search.num_evaluations)
-    checked = property(lambda self: self.search.checked)
-
-    def predict(self, x: PyTree) -> jax.Array:
-        """The model's output at the best params."""
-        check_single(self.value)
-        return self.model(self.params, x)
-
-    @property
-    def residuals(self) -> jax.Array:
-        """y minus the model's predictions."""
-        return self.y - self.predict(self.x)
-
-    @property
-    def degrees_of_freedom(self) -> int:
-        """Number of data less the number of fitted parameters."""
-        check_single(self.value)
-        return self.y.size - sum(x.size for x in jax.tree.leaves(self.params))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python: what was found, without the data and the history."""
-        statistics = {
-            "chi_square": float(self.chi_square),
-            "degrees_of_freedom": self.degrees_of_freedom,
-        }
-        if self.covariance is not None:
-            statistics["standard_errors"] = to_lists(self.standard_errors)
-            statistics["covariance"] = to_lists(self.covariance)
-        return self.search.to_dict() | statistics
-
-    def table(self) -> dict[str, list[float]]:
-        """One row per replica: see `MinimizeResult.table`."""
-        return self.search.table()
-
-    def plot(self) -> Any:
-        """Loss curves, minima, and the fit with residuals, as a Matplotlib figure."""
-        check_single(self.value)
-        return plot_fit(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        try:
-            pickle.dumps(self.model)
-        except Exception as error:
-            raise TypeError(
-                f"this FitResult holds the model {self.model.func!r}, which cannot be "
-                "pickled: define the model at the top level of a module, or save "
-                "result.search and result.to_dict()"
-            ) from error
-        return self.__dict__
-
-    def _report(self) -> "_Report":
-        summary, table = self.search._report()
-        summary["chi-square"] = f"{float(self.chi_square):.8g}"
-        summary["degrees of freedom"] = str(self.degrees_of_freedom)
-        if self.standard_errors is not None:
-            errors = _as_matrix(_add_axis(self.standard_errors))[0]
-            table["standard error"] = [f"{e:.3g}" for e in errors]
-        return _Report(summary, table)
-
-    def __repr__(self) -> str:
-        return _to_text(self)
-
-    def _repr_html_(self) -> str:
-        return _to_html(self)
-
-
-class _Report(NamedTuple):
-    """What a printed result says: labelled lines, and a table by columns."""
-
-    summary: dict[str, str]
-    table: dict[str, list[str]]
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """The header, and as many rows as are shown."""
-        rows = list(zip(*self.table.values(), strict=True))
-        more = len(rows) - _MAX_ROWS
-        if more > 0:
-            rest = (f"... {more} more", *[""] * (len(self.table) - 1))
-            rows = [*rows[:_MAX_ROWS], rest]
-        return [tuple(self.table), *rows]
-
-
-def _to_text(result: MinimizeResult | FitResult) -> str:
-    name = type(result).__name__
-    if isinstance(result.value, jax.core.Tracer) or np.ndim(result.value):
-        return f"{name}(batch of shape {jnp.shape(result.value)})"
-    report = result._report()
-    rows = report.rows()
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"{label}: {text}" for label, text in report.summary.items()] + [
-        "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n  ".join([name, *lines])
-
-
-def _to_html(result: MinimizeResult | FitResult) -> str:
-    if np.ndim(result.value):
-        return f"<code>{html.escape(repr(result))}</code>"
-
-    def table(rows: Any, tag: str = "td") -> str:
-        cells = [[f"<{tag}>{html.escape(c)}</{tag}>" for c in row] for row in rows]
-        return "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
-
-    report = result._report()
-    header, *rows = report.rows()
-    return (
-        f"<b>{type(result).__name__}</b><table>{table(report.summary.items())}</table>"
-        f"<table>{table([header], 'th')}{table(rows)}</table>"
-    )
-
-
-def _parameter_names(params: PyTree) -> list[str]:
-    """A name for each entry of one model's params, in the order of its leaves."""
-    names = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        stem = keystr(path, simple=True, separator=".") or "x"
-        shape = jnp.shape(leaf)
-        names += [stem + (str(list(i)) if shape else "") for i in np.ndindex(shape)]
-    return names
-
-
-def _add_axis(tree: PyTree) -> PyTree:
-    """One model's params as stacked params of one replica, on the host."""
-    return jax.tree.map(lambda x: np.asarray(x)[None], tree)
-
-
-def _as_matrix(tree: PyTree) -> np.ndarray:
-    """Stacked params as `[R, number of entries]`, on the host."""
-    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
-    return np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
-
-
-def to_lists(tree: PyTree) -> PyTree:
-    """The tree with lists of numbers in place of arrays."""
-    return jax.tree.map(lambda x: np.asarray(x).tolist(), tree)
-
-
-def check_single(value: jax.Array) -> None:
-    """Checks that this is the value of one result."""
-    if np.ndim(value):
-        raise ValueError(
-            f"this is a batch of results, of shape {np.shape(value)}; take one with "
-            "jax.tree.map(lambda x: x[i], results)"
-        )
+        return to_html(self)

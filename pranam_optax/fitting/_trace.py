@@ -2,12 +2,15 @@
 
 import contextlib
 import functools
+import traceback
 from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.tree_util import Partial
 
@@ -69,7 +72,10 @@ def trace(fun: Callable[..., PyTree], *args: PyTree) -> Partial:
 
 def scalar_function(fun: Callable[[PyTree], jax.Array], params: PyTree) -> Partial:
     """The function as a pytree that can be differentiated once, in reverse."""
-    slope = trace(jax.value_and_grad(fun), params)
+    slope = _first_that_works(
+        lambda: trace(jax.value_and_grad(fun), params),
+        lambda: trace(lambda p: (fun(p), jax.jacfwd(fun)(p)), params),
+    )
     return Partial(_scalar, trace(fun, params), slope)
 
 
@@ -80,8 +86,17 @@ def _scalar(value: Partial, value_and_grad: Partial, params: PyTree) -> jax.Arra
 
 
 def vector_function(fun: Callable[[PyTree], jax.Array], params: PyTree) -> Partial:
-    """The function as a pytree that can be differentiated once, forward."""
-    slope = trace(lambda p, t: jax.jvp(fun, (p,), (t,)), params, params)
+    """The function as a pytree that can be differentiated once, forward.
+
+    Where forward differentiation fails, as with adjoint methods for differential
+    equations, the tangent is the product with a Jacobian made in reverse.
+    """
+    slope = _first_that_works(
+        lambda: trace(lambda p, t: jax.jvp(fun, (p,), (t,)), params, params),
+        lambda: Partial(
+            _by_jacobian, trace(fun, params), trace(jax.jacrev(fun), params)
+        ),
+    )
     return Partial(_vector, trace(fun, params), slope)
 
 
@@ -89,6 +104,92 @@ def _vector(value: Partial, jvp: Partial, params: PyTree) -> jax.Array:
     fun = jax.custom_jvp(value)
     fun.defjvp(lambda primals, tangents: jvp(*primals, *tangents))
     return fun(params)
+
+
+def _by_jacobian(
+    value: Partial, jacobian: Partial, params: PyTree, tangents: PyTree
+) -> tuple[jax.Array, jax.Array]:
+    output = value(params)
+
+    def product(matrix: jax.Array, tangent: jax.Array) -> jax.Array:
+        matrix, tangent = (x.astype(output.dtype) for x in (matrix, tangent))
+        return jnp.tensordot(matrix, tangent, tangent.ndim)
+
+    parts = jax.tree.map(product, jacobian(params), tangents)
+    return output, functools.reduce(jnp.add, jax.tree.leaves(parts))
+
+
+def _first_that_works(
+    first: Callable[[], Partial], other: Callable[[], Partial]
+) -> Partial:
+    """What `first` makes, or `other` where a model has no derivative that way."""
+    try:
+        made = first()
+        program: Any = made.func
+        # JAX may leave it to the evaluation to fail.
+        if _has(program.jaxpr, "custom_lin"):
+            raise TypeError("forward differentiation of a custom_vjp function")
+        return made
+    except Exception:
+        try:
+            return other()
+        except Exception:
+            # Of the two, what the caller asked for.
+            pass
+        raise
+
+
+def _has(jaxpr: Jaxpr, name: str) -> bool:
+    """Whether a primitive of this name is in a program."""
+
+    def within(x: Any) -> bool:
+        if isinstance(x, (tuple, list)):
+            return any(within(y) for y in x)
+        inner = x.jaxpr if isinstance(x, ClosedJaxpr) else x
+        return isinstance(inner, Jaxpr) and _has(inner, name)
+
+    return any(
+        eqn.primitive.name == name or within(list(eqn.params.values()))
+        for eqn in jaxpr.eqns
+    )
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Says which line of a function asks for the value of what JAX traces."""
+    try:
+        yield
+    except (
+        jax.errors.TracerArrayConversionError,
+        jax.errors.ConcretizationTypeError,
+    ) as error:
+        if isinstance(error, jax.errors.TracerArrayConversionError):
+            cure = (
+                "NumPy and SciPy cannot take its parameters: use jnp.exp for np.exp "
+                "(import jax.numpy as jnp) and jax.scipy.special for scipy.special"
+            )
+        elif isinstance(error, jax.errors.TracerBoolConversionError):
+            cure = (
+                "a condition on parameters has no value yet: use jnp.where(condition, "
+                "a, b) for if, and jnp.minimum or jnp.clip for min"
+            )
+        else:
+            cure = (
+                "parameters have no value yet: use jnp.exp for math.exp, and neither "
+                "float(), int() nor .item()"
+            )
+        raise TypeError(f"{_line_of(error)}: {cure}") from error
+
+
+def _line_of(error: Exception) -> str:
+    """The line of the user's that an error comes from."""
+    libraries = [str(Path(str(m.__file__)).parent) for m in (jax, np, scipy)]
+    libraries.append(str(Path(__file__).parent))
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith(tuple(libraries))]
+    if not theirs:
+        return "the function"
+    return f"line {theirs[-1].lineno} of {theirs[-1].filename}, `{theirs[-1].line}`"
 
 
 @contextlib.contextmanager
