@@ -16,7 +16,7 @@ from pranam_optax.fitting._coordinates import (
     make_coordinates,
     working_dtype,
 )
-from pranam_optax.fitting._polish import Function
+from pranam_optax.fitting._polish import Function, Polished
 from pranam_optax.fitting._trace import standard_promotion, trace
 
 # Random starts tried per replica, to replace those where the function is not finite.
@@ -225,6 +225,16 @@ def within(fun: Function, coordinates: Coordinates) -> Function:
 def add_axis(tree: PyTree) -> PyTree:
     """One model as stacked models, of one replica."""
     return jax.tree.map(lambda x: x[None], tree)
+
+
+def refine(
+    problem: Problem, coordinates: Coordinates, polish: Partial, z: PyTree
+) -> tuple[Polished, jax.Array]:
+    """A polish of stacked coordinates, and the values at its end."""
+    fun = within(problem.fun, coordinates)
+    residuals = problem.residuals and within(problem.residuals, coordinates)
+    polished = polish(fun, residuals, z)
+    return polished, jax.vmap(fun)(polished.params)
 
 
 def lowest_index(values: jax.Array) -> jax.Array:

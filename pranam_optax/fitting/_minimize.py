@@ -18,6 +18,7 @@ from pranam_optax._sharding import with_auto_axes
 from pranam_optax._tree import PyTree, check_count, is_traced
 from pranam_optax.fitting._coordinates import (
     Bounds,
+    Coordinates,
     check_params,
     check_within,
     draw_around,
@@ -39,10 +40,19 @@ from pranam_optax.fitting._coupled import (
     lowest_index,
     make_method,
     pick,
+    refine,
     spread_out,
     within,
 )
-from pranam_optax.fitting._polish import Function, Polish, check_polish, second_order
+from pranam_optax.fitting._polish import (
+    Function,
+    Polish,
+    Polished,
+    check_polish,
+    second_order,
+    settle,
+    stages,
+)
 from pranam_optax.fitting._restarts import restart
 from pranam_optax.fitting._result import MinimizeResult
 from pranam_optax.fitting._runs import LANES, Budget, Search, Settings
@@ -274,8 +284,7 @@ def search(
     )
     if options.callback_every is not None:
         check_count(options.callback_every, "callback_every")
-    polish = options.polish
-    check_polish(polish, residuals is not None)
+    check_polish(options.polish, residuals is not None)
     start_key, key = jax.random.split(as_key(options.key))
     first, draw, box = starts
     problem = Problem(
@@ -301,7 +310,8 @@ def search(
     start = start._replace(z=spread_out(problem, start.z))
     carry = call(begin_at, method, start.coordinates, start.z)
     carry, history = _explore(problem, method, start, carry, options)
-    result = call(_finish, problem, polish and Partial(polish), start, carry, history)
+    refined = _refine(problem, start, carry, options)
+    result = call(_finish, problem, start, carry, history, refined)
     return dataclasses.replace(result, checked=not is_traced(start.values))
 
 
@@ -336,11 +346,11 @@ def _search_within(
         options.num_steps,
         options.optimizer,
         options.coupling,
-        options.polish,
+        options.polish and settle(options.polish, problem.residuals, box.low),
     )
     search = Search(problem, draw, start, settings, budget, began)
     every, called = options.callback_every or 1, 0
-    with _progress_bar(limit) if options.progress else contextlib.nullcontext() as bar:
+    with _progress_bar(options.progress, limit, "search") as bar:
 
         def watch(search: Search) -> bool | None:
             nonlocal called
@@ -407,7 +417,7 @@ def _explore(
     length = min(length, total)
     empty = jnp.zeros((length, options.num_replicas), start.values.dtype)
     history = []
-    with _progress_bar(total) if options.progress else contextlib.nullcontext() as bar:
+    with _progress_bar(options.progress, total, "search") as bar:
         for step in range(0, total, length):
             num = min(length, total - step)
             carry, values = call(
@@ -425,27 +435,66 @@ def _explore(
     return carry, jnp.concatenate(history)
 
 
+def _refine(
+    problem: Problem, start: Start, carry: Carry, options: Options
+) -> tuple[Polished, jax.Array] | None:
+    """The polish and the values at its end, some replicas at a time if watched."""
+    if options.polish is None:
+        return None
+    z = jax.tree.map(_join, carry.best_z, start.z)
+    num_lanes = 2 * options.num_replicas
+    values = jnp.zeros(num_lanes, start.values.dtype)
+    found = Polished(z, jnp.zeros(num_lanes, jnp.int32)), values
+    polish = settle(options.polish, problem.residuals, start.coordinates.scale)
+    for stage, num in stages(polish):
+        order = jnp.argsort(found[1])[:num]
+        parts = min(_NUM_CHUNKS, len(order)) if options.progress else 1
+        with _progress_bar(options.progress, len(order), "polish") as bar:
+            for some in jnp.array_split(order, parts):
+                found = call(
+                    _improve, problem, start.coordinates, Partial(stage), found, some
+                )
+                if bar is not None:
+                    bar.update(len(some))
+    return found
+
+
+def _improve(
+    problem: Problem,
+    coordinates: Coordinates,
+    polish: Partial,
+    found: tuple[Polished, jax.Array],
+    some: jax.Array,
+) -> tuple[Polished, jax.Array]:
+    polished, values = refine(problem, coordinates, polish, pick(found[0].params, some))
+    count = polished.num_evaluations + found[0].num_evaluations[some]
+    new = polished._replace(num_evaluations=count), values
+    return jax.tree.map(lambda x, y: x.at[some].set(y), found, new)
+
+
+def _join(*parts: jax.Array) -> jax.Array:
+    return jnp.concatenate(parts)
+
+
 def _finish(
     problem: Problem,
-    polish: Partial | None,
     start: Start,
     carry: Carry,
     history: jax.Array,
+    refined: tuple[Polished, jax.Array] | None,
 ) -> MinimizeResult:
-    """Polishes, and gathers what was found."""
+    """Gathers what was found."""
     coordinates, unit = start.coordinates, problem.unit
 
     fun = within(problem.fun, coordinates)
-    residuals = problem.residuals and within(problem.residuals, coordinates)
     num_evaluations = jnp.asarray(len(start.values) + history.size, jnp.int32)
-    groups = [carry.z, carry.best_z, start.z]
-    if polish is not None:
-        ends = jax.tree.map(lambda *x: jnp.concatenate(x), carry.best_z, start.z)
-        polished = polish(fun, residuals, ends)
-        num_evaluations += jnp.sum(polished.num_evaluations)
-        groups.append(polished.params)
-    candidates = jax.tree.map(lambda *x: jnp.concatenate(x), *groups)
+    candidates = jax.tree.map(_join, carry.z, carry.best_z, start.z)
     values = jax.vmap(fun)(candidates)
+    if refined is not None:
+        polished, ends = refined
+        num_evaluations += jnp.sum(polished.num_evaluations)
+        candidates = jax.tree.map(_join, candidates, polished.params)
+        values = _join(values, ends)
     num_evaluations += len(values)
 
     # Of its candidates, each replica keeps the lowest.
@@ -476,11 +525,13 @@ def _finish(
     )
 
 
-def _progress_bar(total: int | None) -> Any:
+def _progress_bar(shown: bool, total: int | None, name: str) -> Any:
+    if not shown:
+        return contextlib.nullcontext()
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError(
             "progress=True needs tqdm: pip install 'pranam-optax[fit]'"
         ) from error
-    return tqdm(total=total, unit="step")
+    return tqdm(total=total, desc=name)

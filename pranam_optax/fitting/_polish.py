@@ -11,6 +11,7 @@ import optax
 from pranam_optax._per_replica import per_replica
 from pranam_optax._replicas import replica_value_and_grad
 from pranam_optax._tree import PyTree, check_count, largest_magnitudes
+from pranam_optax.fitting._trace import only_in_reverse
 
 Function = Callable[[PyTree], jax.Array]
 
@@ -18,6 +19,10 @@ Function = Callable[[PyTree], jax.Array]
 PATIENCE = 2
 # Numbers that L-BFGS may remember of each replica, unless ten steps are more.
 _MEMORY = 100_000
+# Up to so many params Levenberg-Marquardt refines all replicas, up to so many the best.
+_FEW, _MANY, _BEST = 100, 1000, 8
+# Numbers in the Jacobians of the replicas that are refined together.
+_JACOBIANS = 50_000_000
 
 
 class Polished(NamedTuple):
@@ -33,7 +38,12 @@ Polish = Callable[[Function, Function | None, PyTree], Polished]
 
 
 def second_order(max_steps: int = 200) -> Polish:
-    """Levenberg-Marquardt for least squares, L-BFGS for all else: the default.
+    """The default: Levenberg-Marquardt for least squares, L-BFGS for all else.
+
+    The cost of a step of Levenberg-Marquardt grows with the cube of the number of
+    params. From 100 of them on L-BFGS goes first, and Levenberg-Marquardt refines the
+    eight best replicas; from 1000 on, and for models that can only be differentiated in
+    reverse, there is L-BFGS alone.
 
     Args:
       max_steps: maximum number of steps of a replica.
@@ -72,8 +82,47 @@ class _SecondOrder(_Polish):
     def __call__(
         self, fun: Function, residuals: Function | None, params: PyTree
     ) -> Polished:
-        method = _LBFGS if residuals is None else _LevenbergMarquardt
-        return method(self.max_steps)(fun, residuals, params)
+        polish = settle(self, residuals, jax.tree.map(lambda x: x[0], params))
+        return polish(fun, residuals, params)
+
+
+class _Staged(_Polish):
+    """L-BFGS for all replicas, Levenberg-Marquardt for the best of them."""
+
+    def __call__(
+        self, fun: Function, residuals: Function | None, params: PyTree
+    ) -> Polished:
+        count = jnp.zeros(len(jax.tree.leaves(params)[0]), jnp.int32)
+        for polish, num in stages(self):
+            index = jnp.argsort(jax.vmap(fun)(params))[:num]
+            some = jax.tree.map(lambda x: x[index], params)  # noqa: B023
+            refined = polish(fun, residuals, some)
+            params = jax.tree.map(
+                lambda x, y: x.at[index].set(y),  # noqa: B023
+                params,
+                refined.params,
+            )
+            count = count.at[index].add(refined.num_evaluations)
+        return Polished(params, count)
+
+
+def stages(polish: Polish) -> list[tuple[Polish, int | None]]:
+    """Refinements, one after the other, and how many of the lowest each takes."""
+    if not isinstance(polish, _Staged):
+        return [(polish, None)]
+    steps = polish.max_steps
+    return [(_LBFGS(steps), None), (_LevenbergMarquardt(steps), _BEST)]
+
+
+def settle(polish: Polish, residuals: Function | None, params: PyTree) -> Polish:
+    """The refinement that the default is for this model; another one as it is."""
+    if not isinstance(polish, _SecondOrder):
+        return polish
+    size = sum(x.size for x in jax.tree.leaves(params))
+    if residuals is None or size > _MANY or only_in_reverse(residuals):
+        return _LBFGS(polish.max_steps)
+    method = _LevenbergMarquardt if size <= _FEW else _Staged
+    return method(polish.max_steps)
 
 
 class _LBFGS(_Polish):
@@ -233,12 +282,17 @@ class _LevenbergMarquardt(_Polish):
             steps = solution.stats["num_steps"]
             return Polished(solution.value, jnp.asarray(steps, jnp.int32))
 
-        return jax.vmap(refine)(params)
+        size = jax.tree.map(lambda x: x[0].size, params)
+        num = jax.eval_shape(residuals, jax.tree.map(lambda x: x[0], params)).size
+        together = _JACOBIANS // (num * sum(jax.tree.leaves(size)))
+        if together >= len(jax.tree.leaves(params)[0]):
+            return jax.vmap(refine)(params)
+        return jax.lax.map(refine, params, batch_size=max(together, 1))
 
 
 def stops_anywhere(polish: Polish) -> bool:
     """Whether the refinement is descent by L-BFGS, which can be interrupted."""
-    return isinstance(polish, (_LBFGS, _SecondOrder))
+    return isinstance(polish, _LBFGS)
 
 
 def check_polish(polish: Polish | None, least_squares: bool) -> None:

@@ -26,6 +26,7 @@ from pranam_optax.fitting._coupled import (
     begin_at,
     make_method,
     pick,
+    refine,
     spread_out,
     within,
 )
@@ -355,14 +356,14 @@ def _descents(
     num = len(jax.tree.leaves(z)[0])
     lanes, usable = pick(z, np.arange(LANES) % num), np.arange(LANES) < num
     args = problem.fun, search.coordinates
-    if not stops_anywhere(polish) or problem.residuals is not None:
-        points, values, evaluations = call(
-            _whole_polish, problem, search.coordinates, Partial(polish), lanes
+    if not stops_anywhere(polish):
+        polished, ends = call(
+            refine, problem, search.coordinates, Partial(polish), lanes
         )
-        values = np.where(usable, values, np.nan)
-        search.found.append((points, values))
-        total = int(np.asarray(evaluations)[usable].sum()) + num
-        yield Chunk.single(total, points, values, True)
+        values = np.where(usable, ends, np.nan)
+        search.found.append((polished.params, values))
+        total = int(np.asarray(polished.num_evaluations)[usable].sum()) + num
+        yield Chunk.single(total, polished.params, values, True)
         return
 
     def values_of(descents: Descents) -> np.ndarray:
@@ -445,16 +446,6 @@ def _descend(
     *limits: Any,
 ) -> tuple[Descents, jax.Array]:
     return descend(within(fun, coordinates), descents, unit, *limits)
-
-
-def _whole_polish(
-    problem: Problem, coordinates: Coordinates, polish: Partial, z: PyTree
-) -> tuple[PyTree, jax.Array, jax.Array]:
-    fun = within(problem.fun, coordinates)
-    residuals = problem.residuals and within(problem.residuals, coordinates)
-    polished = polish(fun, residuals, z)
-    values = jax.vmap(fun)(polished.params)
-    return polished.params, values, polished.num_evaluations
 
 
 def _to_row(coordinates: Coordinates, z: PyTree) -> jax.Array:

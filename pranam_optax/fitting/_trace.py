@@ -106,6 +106,15 @@ def _vector(value: Partial, jvp: Partial, params: PyTree) -> jax.Array:
     return fun(params)
 
 
+def only_in_reverse(fun: Any) -> bool:
+    """Whether a `vector_function` can be differentiated in reverse only."""
+    return (
+        isinstance(fun, Partial)
+        and fun.func is _vector
+        and fun.args[1].func is _by_jacobian
+    )
+
+
 def _by_jacobian(
     value: Partial, jacobian: Partial, params: PyTree, tangents: PyTree
 ) -> tuple[jax.Array, jax.Array]:
