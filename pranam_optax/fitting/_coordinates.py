@@ -276,7 +276,7 @@ def parse_bounds(
             bounds,
             shapes,
             "bounds",
-            lambda pair, shape: tuple(np.broadcast_to(side, shape) for side in pair),
+            lambda pair, shape: tuple(_broadcast(side, shape) for side in pair),
             _is_pair,
         )
         shapes = jax.tree_util.tree_map_with_path(
@@ -318,13 +318,21 @@ def parse_bounds(
     return Bounds(treedef.unflatten(lows), treedef.unflatten(highs))
 
 
+def _broadcast(side: Any, shape: tuple[int, ...]) -> Any:
+    if hasattr(side, "dtype"):
+        return jnp.broadcast_to(side, shape)
+    return np.broadcast_to(np.asarray(side, float), shape)
+
+
 def _from_scipy(bounds: PyTree, like: PyTree) -> PyTree:
     """A pair, from SciPy's list of pairs or `Bounds` if the params are one vector."""
     if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
         bounds = (bounds.lb, bounds.ub)
+    # A tuple of two lists is the pair of the lower and the upper bounds.
     pairs = (
         isinstance(bounds, (list, tuple))
         and bool(bounds)
+        and not (isinstance(bounds, tuple) and all(map(is_numbers, bounds)))
         and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in bounds)
     )
     if not (pairs and hasattr(like, "shape") and like.shape == (len(bounds),)):
@@ -415,7 +423,10 @@ def _is_pair(node: Any) -> bool:
     return (
         isinstance(node, (tuple, list))
         and len(node) == 2
-        and not any(isinstance(side, (tuple, list, dict)) for side in node)
+        and (
+            not any(isinstance(side, (tuple, list, dict)) for side in node)
+            or (isinstance(node, tuple) and all(map(is_numbers, node)))
+        )
     )
 
 
@@ -425,5 +436,6 @@ def _shape_between(where: str, pair: Any) -> jax.ShapeDtypeStruct:
         raise ValueError(
             f"without init, bounds must be finite; got {pair!r}. Pass init as well."
         )
+    pair = [np.asarray(side, float) if is_numbers(side) else side for side in pair]
     shape = np.broadcast_shapes(*map(jnp.shape, pair))
     return jax.ShapeDtypeStruct(shape, jnp.result_type(float, *pair))

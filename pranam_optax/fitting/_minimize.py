@@ -49,6 +49,7 @@ from pranam_optax.fitting._polish import (
     Polish,
     Polished,
     check_polish,
+    needs_residuals,
     second_order,
     settle,
     stages,
@@ -287,9 +288,16 @@ def search(
     check_polish(options.polish, residuals is not None)
     start_key, key = jax.random.split(as_key(options.key))
     first, draw, box = starts
+    function = _make_function(fun, box.low)
+    try:
+        vector = residuals and vector_function(residuals, box.low)
+    except Exception:  # The function has a gradient, its parts have none.
+        if needs_residuals(options.polish):
+            raise
+        vector = None
     problem = Problem(
-        _make_function(fun, box.low),
-        residuals and vector_function(residuals, box.low),
+        function,
+        vector,
         first,
         jnp.asarray(unit, working_dtype()),
     )

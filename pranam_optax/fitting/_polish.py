@@ -295,6 +295,11 @@ def stops_anywhere(polish: Polish) -> bool:
     return isinstance(polish, _LBFGS)
 
 
+def needs_residuals(polish: Polish | None) -> bool:
+    """Whether the refinement cannot do without residuals."""
+    return isinstance(polish, _LevenbergMarquardt)
+
+
 def check_polish(polish: Polish | None, least_squares: bool) -> None:
     """Checks, before anything is compiled, that a refinement can be used."""
     if not (polish is None or callable(polish)):

@@ -23,6 +23,8 @@ from pranam_optax.fitting._trace import call
 
 # How often an interval is doubled before it is said to have no end.
 _DOUBLINGS = 30
+# How far below that of the fit, in units of the noise, a chi-square is another minimum.
+_LOWER = 0.01
 
 
 def profile(
@@ -117,7 +119,7 @@ def profile(
         tolerances={"xatol": tolerance, "fatol": tolerance},
     )
     ends[open_[found]] = place(root.x, open_[found])
-    return ends.reshape(2, -1), lowest < -tolerance
+    return ends.reshape(2, -1), lowest < -_LOWER
 
 
 def _depths(
