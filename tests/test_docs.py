@@ -160,8 +160,29 @@ def test_fitting():
         results = page["results"]
         assert_close(results.params["slope"], page["slopes"], 1e-6)
         assert page["first"].covariance.shape == (2, 2)
+        low, high = page["low"], page["high"]
+        assert np.all((low < truth["center"]) & (truth["center"] < high))
+        together = page["same_width"].params
+        assert_close(together["center"], truth["center"], 0.05)
+        assert_close(together["width"], np.full(2, 20.0))
     finally:
         jax.config.update("jax_enable_x64", False)  # the page sets it, as users do
+
+
+def test_odes():
+    try:
+        with jax.numpy_rank_promotion("allow"):
+            page = Page("docs/odes.md")
+            result = page["result"]
+            assert page["close"]
+            for name, true in page["truth"].items():
+                error = float(result.standard_errors[name])
+                assert abs(float(result.params[name]) - true) < 4 * error
+            theta = {"theta": jnp.array(300.0), "size": jnp.array(1.0)}
+            cold = page["debye"](theta, jnp.array([5.0]))[0] / 5.0**4
+            assert_close(cold, np.pi**4 / 15, 2e-2)
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 # docs/recipes.md: each against its formula

@@ -1,8 +1,8 @@
 """How often all of 4, 8 and 16 overlapping peaks are found, at equal evaluations.
 
 Gaussians with noise, of which only the range of their centers is known. A run succeeds
-if its sum of squares is within 0.1 % of that of a fit from the true parameters; those of
-JAX end there.
+if its sum of squares is within 0.1 % of that of a fit from the true parameters; it ends
+there, but for those of lmfit.
 
     python examples/benchmarks/peaks.py --peer-runs 3
 """
