@@ -252,6 +252,12 @@ def test_numbers_and_lists_are_taken(fitted):
     assert_close(vector.params, list(fitted.params.values()), 1e-6)
 
 
+def test_one_sigma_for_all_data_in_single_precision():
+    with jax.enable_x64(False):
+        result = fit_line(sigma=0.1)
+    assert_close(result.params["slope"], np.polyfit(X, Y, 1)[0], 1e-5)
+
+
 def test_results_are_read_back(fitted):
     saved = json.loads(json.dumps(fitted.to_dict(data=True)))
     read = FitResult.from_dict(saved, line)

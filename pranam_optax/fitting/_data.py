@@ -72,7 +72,9 @@ def check_data(
     _check_entries(jnp.isfinite(y), "y", "must be finite")
     if sigma is None:
         return x, y, None
-    sigma = _to_array(sigma, "sigma").astype(y.dtype)
+    if not isinstance(sigma, jax.Array):
+        sigma = np.asarray(sigma)
+    sigma = jnp.asarray(sigma, y.dtype)
     if not broadcasts_to(sigma.shape, y.shape):
         raise ValueError(
             f"sigma has shape {sigma.shape}, which does not broadcast to y's {y.shape}"
