@@ -47,14 +47,10 @@ def settings(x64):
     """Six digits and more."""
 
 
-def cached(**options):
-    with jax.enable_x64(True):
-        return fit_line(**options)
-
-
 @pytest.fixture(scope="module")
 def fitted():
-    return cached()
+    with jax.enable_x64(True):
+        return fit_line()
 
 
 @pytest.fixture(scope="module")
@@ -348,18 +344,14 @@ def test_a_covariance_that_fails_is_a_warning():
         return (g,)
 
     opaque.defvjp(lambda x: (x, None), backward)
-    result = None
-    try:
-        with pytest.warns(UserWarning, match="covariance could not be computed"):
-            result = pranam_optax.fit(
-                lambda p, x: opaque(line(p, x)),
-                X,
-                Y,
-                bounds=BOUNDS,
-                polish=lbfgs(),
-                **SMALL,
-            )
-    except NotImplementedError:
-        pytest.fail("the fit was lost")
+    with pytest.warns(UserWarning, match="covariance could not be computed"):
+        result = pranam_optax.fit(
+            lambda p, x: opaque(line(p, x)),
+            X,
+            Y,
+            bounds=BOUNDS,
+            polish=lbfgs(),
+            **SMALL,
+        )
     assert result.covariance is None
     assert_close(result.params["slope"], np.polyfit(X, Y, 1)[0], 1e-6)

@@ -201,19 +201,16 @@ def to_params(init: PyTree, shapes: PyTree | None) -> PyTree:
         return jnp.asarray(x)
 
     params = jax.tree.map(to_param, init, is_leaf=is_numbers)
-    return _in_shapes(
-        params, shapes, "init", lambda x, shape: jnp.broadcast_to(x, shape), None
-    )
+    return _in_shapes(params, shapes, "init", None)
 
 
 def _in_shapes(
     tree: PyTree,
     shapes: PyTree | None,
     name: str,
-    broadcast: Callable[[Any, tuple[int, ...]], Any],
-    is_leaf: Callable[[Any], bool] | None,
+    is_pair: Callable[[Any], bool] | None,
 ) -> PyTree:
-    """The tree with those leaves broadcast that `shapes` names."""
+    """The tree with those leaves, or pairs of sides, broadcast that `shapes` names."""
     if shapes is None:
         return tree
     wanted = {
@@ -227,15 +224,17 @@ def _in_shapes(
         shape = wanted.pop(keystr(path), None)
         if shape is None:
             return leaf
-        for side in leaf if isinstance(leaf, (tuple, list)) else [leaf]:
+        sides = leaf if isinstance(leaf, (tuple, list)) else [leaf]
+        for side in sides:
             if not broadcasts_to(np.shape(side), shape):
                 raise ValueError(
                     f"{name}{keystr(path)} has shape {np.shape(side)}, which does not "
                     f"broadcast to the shape {shape} that shapes gives"
                 )
-        return broadcast(leaf, shape)
+        wide = tuple(_broadcast(side, shape) for side in sides)
+        return wide[0] if sides is not leaf else wide
 
-    tree = jax.tree_util.tree_map_with_path(in_shape, tree, is_leaf=is_leaf)
+    tree = jax.tree_util.tree_map_with_path(in_shape, tree, is_leaf=is_pair)
     if wanted:
         raise ValueError(f"shapes has {', '.join(wanted)}, which {name} does not have")
     return tree
@@ -272,13 +271,7 @@ def parse_bounds(
     if like is None:
         if bounds is None:
             raise ValueError("pass init, or bounds, or both")
-        bounds = _in_shapes(
-            bounds,
-            shapes,
-            "bounds",
-            lambda pair, shape: tuple(_broadcast(side, shape) for side in pair),
-            _is_pair,
-        )
+        bounds = _in_shapes(bounds, shapes, "bounds", _is_pair)
         shapes = jax.tree_util.tree_map_with_path(
             lambda path, pair: _shape_between("bounds" + keystr(path), pair),
             bounds,

@@ -16,7 +16,7 @@ from pranam_optax.fitting._coordinates import (
     make_coordinates,
     working_dtype,
 )
-from pranam_optax.fitting._polish import Function, Polished
+from pranam_optax.fitting._polish import Function, Polished, refine_some
 from pranam_optax.fitting._trace import standard_promotion, trace
 
 # Random starts tried per replica, to replace those where the function is not finite.
@@ -228,13 +228,16 @@ def add_axis(tree: PyTree) -> PyTree:
 
 
 def refine(
-    problem: Problem, coordinates: Coordinates, polish: Partial, z: PyTree
+    problem: Problem,
+    coordinates: Coordinates,
+    polish: Partial,
+    found: tuple[Polished, jax.Array],
+    some: jax.Array,
 ) -> tuple[Polished, jax.Array]:
-    """A polish of stacked coordinates, and the values at its end."""
+    """Stacked coordinates and their values, some of them refined."""
     fun = within(problem.fun, coordinates)
     residuals = problem.residuals and within(problem.residuals, coordinates)
-    polished = polish(fun, residuals, z)
-    return polished, jax.vmap(fun)(polished.params)
+    return refine_some(polish, fun, residuals, found, some)
 
 
 def lowest_index(values: jax.Array) -> jax.Array:

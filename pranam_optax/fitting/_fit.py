@@ -23,7 +23,7 @@ from pranam_optax.fitting._constraints import (
 from pranam_optax.fitting._data import check_data
 from pranam_optax.fitting._fit_result import FitResult
 from pranam_optax.fitting._minimize import Callback, Options, make_starts, search
-from pranam_optax.fitting._polish import Polish, second_order
+from pranam_optax.fitting._polish import Polish, needs_residuals, second_order
 from pranam_optax.fitting._runs import Budget
 from pranam_optax.fitting._statistics import (
     scaled_residuals,
@@ -87,10 +87,17 @@ def fit(
     Args:
       model: `model(params, x)`, the predictions, of the shape of `y`.
       x: the inputs: an array, or a pytree of arrays, with one entry per entry of `y`
-        along axis 0.
+        along axis 0; lists, and objects of pandas and xarray (of a data frame the model
+        gets a dict of its columns).
       y: the data, `[n]` or `[n, ...]`.
       init: as in `minimize`; may be left out if the bounds are finite.
       bounds: as in `minimize`.
+      shapes: as in `minimize`.
+      fixed: params that are not fitted, if the params are a dict: a value by name, or a
+        function of all params that have none. `init` and `bounds` need not have them.
+      exchangeable: names of params whose entries along axis 0 belong to equal terms,
+        such as `("center", "height")`; or several such groups. The terms are sorted by
+        the first name, so that permuted ones are one minimum.
       sigma: standard deviations of the data, a number or an array that broadcasts to
         `y`; None if they are equal and unknown.
       loss: L, applied to each residual, such as `optax.losses.huber_loss`, against
@@ -115,9 +122,11 @@ def fit(
 
     Raises:
       ValueError: as `minimize`; for x and y of different length, predictions of
-        another shape than `y`, `sigma` not positive, data that are not finite, or
+        another shape than `y`, `sigma` not positive, data that are not finite, names
+        in `fixed` or `exchangeable` that cannot be used, or
         `fitting.levenberg_marquardt` with a `loss`.
-      TypeError: for params, `y` or predictions that are not real.
+      TypeError: for params, `y` or predictions that are not real, and for a model that
+        uses NumPy, SciPy or conditions on its params; it names the line.
       ImportError: if `polish` needs optimistix and it is missing.
 
     Examples:
@@ -161,10 +170,18 @@ def fit(
     scaled = scaled_residuals(predict, y, sigma, unit)
     with explained():
         check_read(lambda params: model(params, x), constraints, starts.box.low)
+    residuals, failure = None, None
     if loss is None:
+        try:
+            with explained():
+                residuals = vector_function(scaled, starts.box.low)
+        except Exception as error:  # The sum may have a gradient, where its parts fail.
+            if needs_residuals(polish):
+                raise
+            failure = error
         found = search(
             lambda p: jnp.sum(jnp.square(scaled(p))),
-            scaled,
+            residuals,
             starts,
             options,
             jnp.square(unit),
@@ -180,25 +197,27 @@ def fit(
             replica_params=jax.vmap(sort)(found.replica_params),
         )
     covariance, errors, chi_square = None, None, None
-    residuals = trace(scaled, found.params)
-    if loss is None:
+    if residuals is not None:
         try:
             covariance, errors, chi_square = call(
                 statistics,
-                vector_function(scaled, found.params),
+                residuals,
                 trace(constraints.complete, found.params),
                 found.params,
                 unit,
                 sigma is not None,
             )
         except Exception as error:
-            warnings.warn(
-                "the covariance could not be computed, so that the fit has no standard "
-                f"errors: {type(error).__name__}: {error}",
-                stacklevel=3,
-            )
+            failure = error
+    if failure is not None:
+        warnings.warn(
+            "the covariance could not be computed, so that the fit has no standard "
+            f"errors: {type(failure).__name__}: {failure}",
+            stacklevel=3,
+        )
     if chi_square is None:
-        chi_square = call(sum_of_squares, residuals, found.params, unit)
+        square = trace(scaled, found.params)
+        chi_square = call(sum_of_squares, square, found.params, unit)
     return FitResult(
         found,
         model,

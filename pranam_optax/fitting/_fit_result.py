@@ -406,20 +406,18 @@ class FitResult:
         return Report(summary, table)
 
     def _table(self) -> dict[str, list[str]]:
-        names, numbers = list(self.best_values), list(self.best_values.values())
+        best = self.best_values
+        names, numbers = list(best), list(best.values())
         table = {"parameter": names, "value": [f"{v:.8g}" for v in numbers]}
-        low, high = (
-            dict(zip(self.names, as_matrix(add_axis(s))[0], strict=True))
-            for s in self.bounds
-        )
-        free = dict(
-            zip(self.names, as_matrix(add_axis(self.search.scale))[0], strict=True)
+        low, high, scale = (
+            dict(zip(self.names, as_matrix(add_axis(tree))[0], strict=True))
+            for tree in (*self.bounds, self.search.scale)
         )
         held = parameter_names(self.constraints.held)
         notes = []
         for name, number in zip(names, numbers, strict=True):
-            if name in free:
-                near = _BESIDE * free[name]
+            if name in scale:
+                near = _BESIDE * scale[name]
                 beside = number - low[name] < near or high[name] - number < near
                 notes.append("at its bound" if beside else "")
             else:
@@ -431,7 +429,7 @@ class FitResult:
                 for e, note in zip(errors, notes, strict=True)
             ]
         table["bounds"] = [
-            f"{low[name]:.6g} to {high[name]:.6g}" if name in free else ""
+            f"{low[name]:.6g} to {high[name]:.6g}" if name in scale else ""
             for name in names
         ]
         if any(notes):
@@ -445,7 +443,8 @@ class FitResult:
         with np.errstate(invalid="ignore"):
             matrix = np.triu(np.nan_to_num(np.asarray(self.correlations)), 1)
         pairs = np.argwhere(np.abs(matrix) >= least)
-        found = [(self.names[i], self.names[j], float(matrix[i, j])) for i, j in pairs]
+        names = self.names
+        found = [(names[i], names[j], float(matrix[i, j])) for i, j in pairs]
         return sorted(found, key=lambda pair: -abs(pair[2]))
 
     def _model_name(self) -> str:
@@ -468,7 +467,8 @@ class FitResult:
 
     @property
     def _num_free(self) -> int:
-        return len(self.names)
+        check_single(self.value)
+        return sum(x.size for x in jax.tree.leaves(self.search.params))
 
     @property
     def _num_data(self) -> int:
@@ -504,16 +504,13 @@ class FitResult:
 
     def _entries(self, name: str | None) -> tuple[jax.Array, np.ndarray]:
         """A free param, and where its entries are in the covariance."""
-        start = 0
-        leaves = jax.tree_util.tree_leaves_with_path(self.search.params)
-        for path, leaf in leaves:
-            known = jax.tree_util.keystr(path, simple=True, separator=".")
-            if known == (name or ""):
+        start, known = 0, []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.search.params):
+            known.append(jax.tree_util.keystr(path, simple=True, separator="."))
+            if known[-1] == (name or ""):
                 return leaf, np.arange(start, start + leaf.size)
             start += leaf.size
-        free = ", ".join(
-            jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves
-        )
+        free = ", ".join(known)
         raise ValueError(f"{name!r} is not one of the free parameters: {free}")
 
     def _residual_function(self) -> tuple[Partial, jax.Array]:

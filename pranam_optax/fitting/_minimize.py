@@ -18,7 +18,6 @@ from pranam_optax._sharding import with_auto_axes
 from pranam_optax._tree import PyTree, check_count, is_traced
 from pranam_optax.fitting._coordinates import (
     Bounds,
-    Coordinates,
     check_params,
     check_within,
     draw_around,
@@ -49,10 +48,10 @@ from pranam_optax.fitting._polish import (
     Polish,
     Polished,
     check_polish,
-    needs_residuals,
     second_order,
     settle,
     stages,
+    unrefined,
 )
 from pranam_optax.fitting._restarts import restart
 from pranam_optax.fitting._result import MinimizeResult
@@ -62,7 +61,6 @@ from pranam_optax.fitting._trace import (
     explained,
     scalar_function,
     trace,
-    vector_function,
 )
 
 # Largest number of chunks that the coupled phase is cut into for callbacks.
@@ -273,7 +271,7 @@ def make_starts(
 
 def search(
     fun: Function,
-    residuals: Function | None,
+    residuals: Partial | None,
     starts: Starts,
     options: Options,
     unit: jax.Array | float = 1.0,
@@ -288,16 +286,9 @@ def search(
     check_polish(options.polish, residuals is not None)
     start_key, key = jax.random.split(as_key(options.key))
     first, draw, box = starts
-    function = _make_function(fun, box.low)
-    try:
-        vector = residuals and vector_function(residuals, box.low)
-    except Exception:  # The function has a gradient, its parts have none.
-        if needs_residuals(options.polish):
-            raise
-        vector = None
     problem = Problem(
-        function,
-        vector,
+        _make_function(fun, box.low),
+        residuals,
         first,
         jnp.asarray(unit, working_dtype()),
     )
@@ -449,10 +440,7 @@ def _refine(
     """The polish and the values at its end, some replicas at a time if watched."""
     if options.polish is None:
         return None
-    z = jax.tree.map(_join, carry.best_z, start.z)
-    num_lanes = 2 * options.num_replicas
-    values = jnp.zeros(num_lanes, start.values.dtype)
-    found = Polished(z, jnp.zeros(num_lanes, jnp.int32)), values
+    found = unrefined(jax.tree.map(_join, carry.best_z, start.z))
     polish = settle(options.polish, problem.residuals, start.coordinates.scale)
     for stage, num in stages(polish):
         order = jnp.argsort(found[1])[:num]
@@ -460,24 +448,11 @@ def _refine(
         with _progress_bar(options.progress, len(order), "polish") as bar:
             for some in jnp.array_split(order, parts):
                 found = call(
-                    _improve, problem, start.coordinates, Partial(stage), found, some
+                    refine, problem, start.coordinates, Partial(stage), found, some
                 )
                 if bar is not None:
                     bar.update(len(some))
     return found
-
-
-def _improve(
-    problem: Problem,
-    coordinates: Coordinates,
-    polish: Partial,
-    found: tuple[Polished, jax.Array],
-    some: jax.Array,
-) -> tuple[Polished, jax.Array]:
-    polished, values = refine(problem, coordinates, polish, pick(found[0].params, some))
-    count = polished.num_evaluations + found[0].num_evaluations[some]
-    new = polished._replace(num_evaluations=count), values
-    return jax.tree.map(lambda x, y: x.at[some].set(y), found, new)
 
 
 def _join(*parts: jax.Array) -> jax.Array:

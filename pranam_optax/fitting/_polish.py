@@ -11,6 +11,7 @@ import optax
 from pranam_optax._per_replica import per_replica
 from pranam_optax._replicas import replica_value_and_grad
 from pranam_optax._tree import PyTree, check_count, largest_magnitudes
+from pranam_optax.fitting._coordinates import working_dtype
 from pranam_optax.fitting._trace import only_in_reverse
 
 Function = Callable[[PyTree], jax.Array]
@@ -92,18 +93,33 @@ class _Staged(_Polish):
     def __call__(
         self, fun: Function, residuals: Function | None, params: PyTree
     ) -> Polished:
-        count = jnp.zeros(len(jax.tree.leaves(params)[0]), jnp.int32)
+        found = unrefined(params)
         for polish, num in stages(self):
-            index = jnp.argsort(jax.vmap(fun)(params))[:num]
-            some = jax.tree.map(lambda x: x[index], params)  # noqa: B023
-            refined = polish(fun, residuals, some)
-            params = jax.tree.map(
-                lambda x, y: x.at[index].set(y),  # noqa: B023
-                params,
-                refined.params,
-            )
-            count = count.at[index].add(refined.num_evaluations)
-        return Polished(params, count)
+            some = jnp.argsort(found[1])[:num]
+            found = refine_some(polish, fun, residuals, found, some)
+        return found[0]
+
+
+def unrefined(params: PyTree) -> tuple[Polished, jax.Array]:
+    """Where stages begin: replicas that are not refined, their values all zero."""
+    num = len(jax.tree.leaves(params)[0])
+    return Polished(params, jnp.zeros(num, jnp.int32)), jnp.zeros(num, working_dtype())
+
+
+def refine_some(
+    polish: Polish,
+    fun: Function,
+    residuals: Function | None,
+    found: tuple[Polished, jax.Array],
+    some: jax.Array,
+) -> tuple[Polished, jax.Array]:
+    """Replicas and their values, some of them refined."""
+    old = found[0]
+    params = jax.tree.map(lambda x: x[some], old.params)
+    polished = polish(fun, residuals, params)
+    count = old.num_evaluations[some] + polished.num_evaluations
+    new = Polished(polished.params, count), jax.vmap(fun)(polished.params)
+    return jax.tree.map(lambda x, y: x.at[some].set(y), found, new)
 
 
 def stages(polish: Polish) -> list[tuple[Polish, int | None]]:

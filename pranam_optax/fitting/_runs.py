@@ -39,6 +39,7 @@ from pranam_optax.fitting._polish import (
     descend,
     stops_anywhere,
     typical_slope,
+    unrefined,
 )
 from pranam_optax.fitting._trace import call
 
@@ -358,7 +359,8 @@ def _descents(
     args = problem.fun, search.coordinates
     if not stops_anywhere(polish):
         polished, ends = call(
-            refine, problem, search.coordinates, Partial(polish), lanes
+            *(refine, problem, search.coordinates, Partial(polish)),
+            *(unrefined(lanes), np.arange(LANES)),
         )
         values = np.where(usable, ends, np.nan)
         search.found.append((polished.params, values))

@@ -91,13 +91,12 @@ def vector_function(fun: Callable[[PyTree], jax.Array], params: PyTree) -> Parti
     Where forward differentiation fails, as with adjoint methods for differential
     equations, the tangent is the product with a Jacobian made in reverse.
     """
+    value = trace(fun, params)
     slope = _first_that_works(
         lambda: trace(lambda p, t: jax.jvp(fun, (p,), (t,)), params, params),
-        lambda: Partial(
-            _by_jacobian, trace(fun, params), trace(jax.jacrev(fun), params)
-        ),
+        lambda: Partial(_by_jacobian, value, trace(jax.jacrev(fun), params)),
     )
-    return Partial(_vector, trace(fun, params), slope)
+    return Partial(_vector, value, slope)
 
 
 def _vector(value: Partial, jvp: Partial, params: PyTree) -> jax.Array:
