@@ -21,7 +21,6 @@ from pranam_optax.fitting._coordinates import Coordinates
 from pranam_optax.fitting._coupled import (
     Problem,
     Start,
-    add_axis,
     advance,
     begin_at,
     make_method,
@@ -63,6 +62,8 @@ _HORIZON = 20
 _BASES = 8
 _SHORT = 8
 _STALLED = 16
+# Descents agree if their values differ by so many roundings.
+_CONVERGED = 100
 
 
 class Budget(NamedTuple):
@@ -255,7 +256,11 @@ def coupled(search: Search, key: jax.Array, count: int) -> Generator[Chunk, None
 def evolution(
     search: Search, key: jax.Array, count: int
 ) -> Generator[Chunk, None, None]:
-    """A population, twice as large each time, and a descent from its best."""
+    """A population, twice as large each time.
+
+    Now and then its lowest point and its mean descend. It ends when they only lead to
+    one minimum any more: what is left to it is slow convergence.
+    """
     n = search.num_params
     size = _FIRST_POPULATION * (4 + int(3 * np.log(n))) * 2 ** min(count, 12)
     start_key, key = jax.random.split(key)
@@ -265,10 +270,11 @@ def evolution(
     eps = float(jnp.finfo(population.mean.dtype).eps)
     patience = 2 + -(-30 * n // (size * _CHUNK))
     record: list[float] = []
+    end: Chunk | None = None
     step = 0
     while True:
         num, began = search.rows("evolution", size), time.monotonic()
-        population, history, z, value = call(
+        population, history, z, values = call(
             _evolve,
             search.problem.fun,
             search.coordinates,
@@ -277,11 +283,17 @@ def evolution(
             step + jnp.arange(_CHUNK),
             num,
         )
-        lowest = np.append(np.asarray(history)[:num], np.asarray(value))
+        values = np.asarray(values)
+        lowest = np.append(np.asarray(history)[:num], np.fmin.reduce(values))
         search.speeds["evolution"] = num * size / (time.monotonic() - began)
-        made = np.append(size * (1 + np.arange(num)), size * num + 1)
-        yield Chunk(made, lowest, z, np.asarray(value), False)
+        made = np.append(size * (1 + np.arange(num)), size * num + 2)
+        yield Chunk(made, lowest, z, values, False)
         step += num
+        before, end = end, None
+        for end in _descents(search, z):
+            yield end
+        if before and end and _in_one_minimum(search, before, end):
+            break
         record.append(float(population.value))
         width = float(population.sigma * jnp.max(population.axes[1]))
         if not width > eps**0.75:
@@ -291,7 +303,6 @@ def evolution(
             hopeless = record[-1] - _HORIZON * gain > search.value
             if hopeless or not gain > 10 * eps * abs(record[-1]):
                 break
-    yield from _descents(search, z)
 
 
 class _Pool:
@@ -404,6 +415,15 @@ def join(points: Sequence[tuple[PyTree, np.ndarray]]) -> tuple[PyTree, np.ndarra
     return jax.tree.map(lambda *x: np.concatenate(x), *z), np.concatenate(values)
 
 
+def _in_one_minimum(search: Search, *ends: Chunk) -> bool:
+    """Whether all of these descents have converged to the same point."""
+    z, values = join([(end.z, end.point_values) for end in ends])
+    size = float(search.slope) + abs(np.fmin.reduce(values))
+    limit = _CONVERGED * np.finfo(search.slope.dtype).eps * size
+    converged = np.fmax.reduce(values) - np.fmin.reduce(values) <= limit
+    return bool(converged) and len(_distinct(z, values, 2)) == 1
+
+
 def _distinct(z: PyTree, values: np.ndarray, num: int) -> np.ndarray:
     """Where the lowest points are, without copies of each other, the lowest first."""
     points = np.concatenate(
@@ -483,7 +503,7 @@ def _evolve(
     generations: jax.Array,
     num: jax.Array,
 ) -> tuple[Population, jax.Array, PyTree, jax.Array]:
-    """Generations, and the lowest point as stacked coordinates with its value."""
+    """Generations, and as stacked coordinates the lowest point and the mean."""
     low, high = (_in_scales(coordinates, side) for side in coordinates.bounds)
     population, history = evolve(
         lambda row: fun(_from_row(coordinates, row)),
@@ -493,9 +513,9 @@ def _evolve(
         generations,
         num,
     )
-    z = coordinates.from_params(_from_row(coordinates, population.lowest))
-    value = within(fun, coordinates)(z)
-    return population, history, add_axis(z), value[None]
+    rows = jnp.stack([population.lowest, population.mean])
+    z = jax.vmap(lambda row: coordinates.from_params(_from_row(coordinates, row)))(rows)
+    return population, history, z, jax.vmap(within(fun, coordinates))(z)
 
 
 def _trials(
