@@ -18,6 +18,7 @@ from pranam_optax.fitting._runs import (
     continues,
     coupled,
     evolution,
+    first_cost,
     independent,
     join,
 )
@@ -35,21 +36,24 @@ def restart(
     """Runs until the budget is spent, or `watch` returns True after a chunk.
 
     The kinds of runs share the cost like 9 : 3 : 1, in the order of the best values
-    that they have found so far.
+    that they have found so far. What the next run will cost counts too, so that a small
+    budget goes to cheap runs.
     """
     kinds = {"independent": independent, "evolution": evolution, "coupled": coupled}
     if search.num_params > LARGEST_COVARIANCE:
         del kinds["evolution"]
     if search.settings.polish is None:
         del kinds["independent"]
-    costs = dict.fromkeys(kinds, 0)
-    counts = dict.fromkeys(kinds, 0)
-    lowest = dict.fromkeys(kinds, np.inf)
+    costs, counts = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0)
+    prices = {kind: first_cost(search, kind) for kind in kinds}
+    lowest: dict[str, float] = {}
     runs: list[Run] = []
     ended = search.ended
     while ended is None:
-        ranks = {k: sum(v < lowest[k] for v in lowest.values()) for k in kinds}
-        kind = min(kinds, key=lambda k: costs[k] * _FAVOUR ** ranks[k])
+        ranks = {
+            k: sum(v < lowest.get(k, -np.inf) for v in lowest.values()) for k in kinds
+        }
+        kind = min(kinds, key=lambda k: (costs[k] + prices[k]) * _FAVOUR ** ranks[k])
         cost, before, value = search.cost, search.num_evaluations, np.inf
         run_key = jax.random.fold_in(key, len(runs))
         with contextlib.closing(kinds[kind](search, run_key, counts[kind])) as run:
@@ -61,10 +65,12 @@ def restart(
                     ended = "stopped by the callback"
                 if ended is not None:
                     break
-        costs[kind] += search.cost - cost
+        cost = search.cost - cost
+        costs[kind] += cost
+        prices[kind] = 2 * cost  # the next one is twice as large
         joined = kind == "coupled" and continues(counts[kind])
         counts[kind] += 1
-        lowest[kind] = np.fmin(lowest[kind], value)
+        lowest[kind] = np.fmin(lowest.get(kind, np.inf), value)
         made = search.num_evaluations - before
         runs.append(
             Run(CONTINUED if joined else kind, made, float(value) * search.unit)

@@ -51,7 +51,7 @@ _CHUNK = 50
 # The first coupled run has this part of `num_steps`; each has twice those before.
 _FIRST_PART = 8
 # The first population is so many times the usual size: descents serve small ones.
-_FIRST_POPULATION = 8
+_FIRST_POPULATION = 6
 # Candidates nearer than this in their coordinates are copies of each other.
 _COPIES = 1e-2
 # A descent or population is given up that would need more than so many chunks like its
@@ -196,6 +196,20 @@ def num_params(z: PyTree) -> int:
     return sum(x.size // len(x) for x in jax.tree.leaves(z))
 
 
+def _first_size(n: int) -> int:
+    return _FIRST_POPULATION * (4 + int(3 * np.log(n)))
+
+
+def first_cost(search: Search, kind: str) -> int:
+    """What the first run of a kind costs, about."""
+    if kind == "independent":
+        return 0
+    if kind == "evolution":
+        return _first_size(search.num_params) * _CHUNK
+    settings = search.settings
+    return 2 * settings.num_replicas * settings.num_steps // _FIRST_PART
+
+
 def independent(
     search: Search, key: jax.Array, count: int
 ) -> Generator[Chunk, None, None]:
@@ -262,7 +276,7 @@ def evolution(
     one minimum any more: what is left to it is slow convergence.
     """
     n = search.num_params
-    size = _FIRST_POPULATION * (4 + int(3 * np.log(n))) * 2 ** min(count, 12)
+    size = _first_size(n) * 2 ** min(count, 12)
     start_key, key = jax.random.split(key)
     chunk = search.starts(start_key, 1)
     yield chunk
