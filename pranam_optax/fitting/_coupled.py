@@ -250,13 +250,14 @@ def pick(tree: PyTree, index: Any) -> PyTree:
 
 
 def falls(fun: Function, coordinates: Coordinates, z: PyTree) -> jax.Array:
-    """Whether a point is far from the starts, and the function lower twice as far."""
+    """Whether a point is far from the starts, and the function lower still further."""
 
     def unboxed(low: jax.Array, high: jax.Array, z: jax.Array) -> jax.Array:
         return jnp.where(jnp.isfinite(low) & jnp.isfinite(high), 0.0, z)
 
     distance = jax.tree.map(unboxed, *coordinates.bounds, z)
-    value, further = fun(z), fun(optax.tree.add(z, distance))
+    value, further = fun(z), fun(optax.tree.add_scale(z, 2**-6, distance))
     far = optax.tree.norm(distance, ord="inf") > _FAR
-    falls = further < value - 1e-5 * jnp.abs(value)
-    return (far & falls) | (value == -jnp.inf)
+    # Not a number where it has fallen to the edge of what floats can hold.
+    rises = further >= value - 1e-5 * jnp.abs(value)
+    return (far & ~rises) | (value == -jnp.inf)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pranam_optax._per_replica import per_replica
 from pranam_optax._replicas import replica_value_and_grad
 from pranam_optax._tree import PyTree, check_count, largest_magnitudes
 from pranam_optax.fitting._coordinates import working_dtype
@@ -18,6 +17,8 @@ Function = Callable[[PyTree], jax.Array]
 
 # A descent ends after so many steps in a row that gain nothing.
 PATIENCE = 2
+# Constants of the line search: a step is too long, or too short.
+_ARMIJO, _WOLFE = 1e-4, 0.9
 # Numbers that L-BFGS may remember of each replica, unless ten steps are more.
 _MEMORY = 100_000
 # Up to so many params Levenberg-Marquardt refines all replicas, up to so many the best.
@@ -53,10 +54,10 @@ def second_order(max_steps: int = 200) -> Polish:
 
 
 def lbfgs(max_steps: int = 200) -> Polish:
-    """Optax's L-BFGS with its line search, until no replica gains any more.
+    """Optax's L-BFGS, until no replica gains any more.
 
     Args:
-      max_steps: maximum number of steps of a replica.
+      max_steps: maximum number of trial steps of a replica, each an evaluation.
     """
     return _LBFGS(max_steps)
 
@@ -158,7 +159,10 @@ class Descents(NamedTuple):
       params: where they are.
       values: there, in units of the slope.
       grads: likewise.
-      state: of the optimizer.
+      state: of L-BFGS.
+      direction: in which each goes.
+      step: the part of its direction that each tries next.
+      bracket: the parts that are known to be too short and too long.
       idle: for how many steps each has gained nothing.
       num_evaluations: of each.
     """
@@ -167,6 +171,9 @@ class Descents(NamedTuple):
     values: jax.Array
     grads: PyTree
     state: optax.OptState
+    direction: PyTree
+    step: jax.Array
+    bracket: tuple[jax.Array, jax.Array]
     idle: jax.Array
     num_evaluations: jax.Array
 
@@ -176,21 +183,94 @@ class Descents(NamedTuple):
         return self.idle < PATIENCE
 
 
-def _lbfgs(params: PyTree) -> optax.GradientTransformationExtraArgs:
+def _lbfgs(params: PyTree) -> optax.GradientTransformation:
     """L-BFGS that remembers the whole curvature of a small model."""
-    num_replicas = len(jax.tree.leaves(params)[0])
-    size = sum(x.size for x in jax.tree.leaves(params)) // num_replicas
+    size = sum(x.size for x in jax.tree.leaves(params))
     memory = min(3 * size, _MEMORY // size, 60)
-    return per_replica(optax.lbfgs(memory_size=max(memory, 10)))
+    return optax.chain(optax.scale_by_lbfgs(max(memory, 10)), optax.scale(-1.0))
 
 
 def begin_descents(fun: Function, params: PyTree, unit: jax.Array) -> Descents:
     """Descents from stacked params; `unit` is that of `typical_slope`."""
-    values, grads = replica_value_and_grad(lambda p: fun(p) / unit)(params)
-    state = _lbfgs(params).init(params)
-    idle = jnp.where(jnp.isfinite(values), 0, PATIENCE)
-    ones = jnp.ones(values.shape, jnp.int32)
-    return Descents(params, values, grads, state, idle, ones)
+
+    def begin(params: PyTree) -> Descents:
+        value, grad = jax.value_and_grad(lambda p: fun(p) / unit)(params)
+        tx = _lbfgs(params)
+        direction, state = tx.update(grad, tx.init(params), params)
+        return Descents(
+            *(params, value, grad, state, direction),
+            *_search(value),
+            jnp.where(jnp.isfinite(value), 0, PATIENCE),
+            jnp.ones((), jnp.int32),
+        )
+
+    return jax.vmap(begin)(params)
+
+
+def _search(value: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Step and bracket at the beginning of a line search."""
+    return jnp.ones_like(value), (jnp.zeros_like(value), jnp.full_like(value, jnp.inf))
+
+
+def _advance(fun: Function, old: Descents) -> Descents:
+    r"""One evaluation of one descent: a trial step, and what follows from it.
+
+    With the slope :math:`s` along the direction, a step t is too long unless
+    :math:`f(t) \le f(0) + c_1 t s(0)`, and too short if none was too long yet and
+    :math:`s(t) < c_2 s(0)`. Any other is taken. As each evaluation is a step of its
+    own, descents beside each other do not wait for the longest line search.
+
+    References:
+      A. S. Lewis, M. L. Overton, `Nonsmooth optimization via quasi-Newton methods
+      <https://doi.org/10.1007/s10107-012-0514-2>`_, 2013.
+    """
+    params = optax.tree.add_scale(old.params, old.step, old.direction)
+    value, grad = jax.value_and_grad(fun)(params)
+    slope = optax.tree.vdot(old.grads, old.direction)
+    new_slope = optax.tree.vdot(grad, old.direction)
+    rounding = 2 * jnp.finfo(value.dtype).eps * jnp.abs(old.values)
+    fallen = value <= old.values + _ARMIJO * old.step * slope + rounding
+    short, long = old.bracket
+    too_short = fallen & (new_slope < _WOLFE * slope) & jnp.isinf(long)
+    taken = fallen & ~too_short
+    # Nothing is left to gain in this direction.
+    lost = ~fallen & ~(-slope * old.step > rounding)
+
+    # The search goes on.
+    short = jnp.where(too_short, old.step, short)
+    long = jnp.where(fallen, long, old.step)
+    part = jnp.where(short > 0, 0.5, _cubic(old, value, slope, new_slope))
+    step = jnp.where(too_short, 2 * old.step, short + part * (long - short))
+
+    on = old._replace(step=step, bracket=(short, long))
+
+    # Or the next one begins: without memory, if the curvature was not positive.
+    gained = taken & (old.values - value > 2 * rounding)
+    params, value, grad = optax.tree.where(
+        taken, (params, value, grad), (old.params, old.values, old.grads)
+    )
+    tx = _lbfgs(params)
+    state = optax.tree.where(taken & (new_slope > slope), old.state, tx.init(params))
+    direction, state = tx.update(grad, state, params)
+    turn = Descents(
+        *(params, value, grad, state, direction),
+        *_search(value),
+        jnp.where(gained, 0, old.idle + 1),
+        old.num_evaluations,
+    )
+    new = optax.tree.where(taken | lost, turn, on)
+    new = new._replace(num_evaluations=old.num_evaluations + 1)
+    return optax.tree.where(old.active, new, old)
+
+
+def _cubic(
+    old: Descents, value: jax.Array, slope: jax.Array, new_slope: jax.Array
+) -> jax.Array:
+    """Which part of a step that was too long is the minimum of a cubic, about."""
+    chord = slope + new_slope - 3 * (value - old.values) / old.step
+    root = jnp.sqrt(chord**2 - slope * new_slope)
+    part = 1 - (new_slope + root - chord) / (new_slope - slope + 2 * root)
+    return jnp.where(jnp.isfinite(part), jnp.clip(part, 0.1, 0.5), 0.1)
 
 
 def descend(
@@ -200,16 +280,13 @@ def descend(
     steps: jax.Array,
     max_evaluations: jax.Array | float = jnp.inf,
 ) -> tuple[Descents, jax.Array]:
-    """Descends for as many steps, or until nothing gains or the budget is spent.
+    """Descends for as many trial steps, or until nothing gains or the budget is spent.
 
     Returns:
       The descents, and after each step how many evaluations were made and the lowest
       value, `[steps, 2]`; NaN after the last.
     """
-    tx, size = _lbfgs(start.params), len(steps)
-
-    def scaled(params: PyTree) -> jax.Array:
-        return fun(params) / unit
+    size = len(steps)
 
     def spent(now: Descents) -> jax.Array:
         return jnp.sum(now.num_evaluations - start.num_evaluations)
@@ -218,32 +295,7 @@ def descend(
         carry: tuple[jax.Array, Descents, jax.Array],
     ) -> tuple[jax.Array, Descents, jax.Array]:
         count, old, history = carry
-        updates, state = tx.update(
-            old.grads,
-            old.state,
-            old.params,
-            values=old.values,
-            grad=old.grads,
-            value_fn=scaled,
-        )
-        # The line search has evaluated the point that it ends at.
-        values, grads = (optax.tree.get(state, name) for name in ("value", "grad"))
-        searches = optax.tree.get(state, "num_linesearch_steps").astype(jnp.int32)
-        least = 4 * jnp.finfo(values.dtype).eps * jnp.abs(values)
-        lower = old.active & (values < old.values)
-        gained = old.active & (old.values - values > least)
-        params = optax.apply_updates(old.params, updates)
-        params, values, grads = jax.vmap(optax.tree.where)(
-            lower, (params, values, grads), (old.params, old.values, old.grads)
-        )
-        new = Descents(
-            params,
-            values,
-            grads,
-            state,
-            jnp.where(gained, 0, old.idle + 1),
-            old.num_evaluations + jnp.where(old.active, searches, 0),
-        )
+        new = jax.vmap(lambda one: _advance(lambda p: fun(p) / unit, one))(old)
         lowest = jnp.nanmin(new.values) * unit
         return count + 1, new, history.at[count].set(jnp.stack([spent(new), lowest]))
 

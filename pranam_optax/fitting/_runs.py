@@ -60,7 +60,7 @@ _HORIZON = 20
 # Recombination: how many of the lowest points may be moved, steps of a descent, and
 # cycles without gain after which it ends.
 _BASES = 8
-_SHORT = 8
+_SHORT = 16
 _STALLED = 16
 # Descents agree if their values differ by so many roundings.
 _CONVERGED = 100
