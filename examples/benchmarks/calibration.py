@@ -91,7 +91,7 @@ CASES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data-sets", type=int, default=500)
+    parser.add_argument("--data-sets", type=int, default=2000)
     parser.add_argument("--only", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()

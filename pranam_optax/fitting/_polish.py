@@ -22,7 +22,10 @@ _ARMIJO, _WOLFE = 1e-4, 0.9
 # Numbers that L-BFGS may remember of each replica, unless ten steps are more.
 _MEMORY = 100_000
 # Up to so many params Levenberg-Marquardt refines all replicas, up to so many the best.
-_FEW, _MANY, _BEST = 100, 1000, 8
+_FEW, _MANY, _BEST = 100, 1000, 16
+# Steps of Levenberg-Marquardt for all replicas: those that are refined together wait
+# for the slowest.
+_FIRST = 30
 # Numbers in the Jacobians of the replicas that are refined together.
 _JACOBIANS = 50_000_000
 
@@ -43,9 +46,9 @@ def second_order(max_steps: int = 200) -> Polish:
     """The default: Levenberg-Marquardt for least squares, L-BFGS for all else.
 
     The cost of a step of Levenberg-Marquardt grows with the cube of the number of
-    params. From 100 of them on L-BFGS goes first, and Levenberg-Marquardt refines the
-    eight best replicas; from 1000 on, and for models that can only be differentiated in
-    reverse, there is L-BFGS alone.
+    params. Up to 100 of them, all replicas take at most 30 steps, and the 16 best go on.
+    Beyond, L-BFGS goes first, and it refines the 16 best; from 1000 on, and for models
+    that can only be differentiated in reverse, there is L-BFGS alone.
 
     Args:
       max_steps: maximum number of steps of a replica.
@@ -88,14 +91,17 @@ class _SecondOrder(_Polish):
         return polish(fun, residuals, params)
 
 
-class _Staged(_Polish):
-    """L-BFGS for all replicas, Levenberg-Marquardt for the best of them."""
+@dataclasses.dataclass(frozen=True)
+class _Staged:
+    """Refinements, one after the other, and how many of the lowest each takes."""
+
+    parts: tuple[tuple[Polish, int | None], ...]
 
     def __call__(
         self, fun: Function, residuals: Function | None, params: PyTree
     ) -> Polished:
         found = unrefined(params)
-        for polish, num in stages(self):
+        for polish, num in self.parts:
             some = jnp.argsort(found[1])[:num]
             found = refine_some(polish, fun, residuals, found, some)
         return found[0]
@@ -123,23 +129,20 @@ def refine_some(
     return jax.tree.map(lambda x, y: x.at[some].set(y), found, new)
 
 
-def stages(polish: Polish) -> list[tuple[Polish, int | None]]:
+def stages(polish: Polish) -> tuple[tuple[Polish, int | None], ...]:
     """Refinements, one after the other, and how many of the lowest each takes."""
-    if not isinstance(polish, _Staged):
-        return [(polish, None)]
-    steps = polish.max_steps
-    return [(_LBFGS(steps), None), (_LevenbergMarquardt(steps), _BEST)]
+    return polish.parts if isinstance(polish, _Staged) else ((polish, None),)
 
 
 def settle(polish: Polish, residuals: Function | None, params: PyTree) -> Polish:
     """The refinement that the default is for this model; another one as it is."""
     if not isinstance(polish, _SecondOrder):
         return polish
-    size = sum(x.size for x in jax.tree.leaves(params))
+    size, steps = sum(x.size for x in jax.tree.leaves(params)), polish.max_steps
     if residuals is None or size > _MANY or only_in_reverse(residuals):
-        return _LBFGS(polish.max_steps)
-    method = _LevenbergMarquardt if size <= _FEW else _Staged
-    return method(polish.max_steps)
+        return _LBFGS(steps)
+    first = _LBFGS(steps) if size > _FEW else _LevenbergMarquardt(min(_FIRST, steps))
+    return _Staged(((first, None), (_LevenbergMarquardt(steps), _BEST)))
 
 
 class _LBFGS(_Polish):

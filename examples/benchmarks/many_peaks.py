@@ -4,7 +4,7 @@ Gaussians with noise, of which only the range of their centers is known. A run s
 if its sum of squares is within 0.1 % of that of a fit from the true parameters; it ends
 there, but for those of lmfit.
 
-    python examples/benchmarks/peaks.py --peer-runs 3
+    python examples/benchmarks/many_peaks.py --peer-runs 3
 """
 
 import argparse
