@@ -22,7 +22,7 @@ _ARMIJO, _WOLFE = 1e-4, 0.9
 # Numbers that L-BFGS may remember of each replica, unless ten steps are more.
 _MEMORY = 100_000
 # Up to so many params Levenberg-Marquardt refines all replicas, up to so many the best.
-_FEW, _MANY, _BEST = 100, 1000, 16
+_FEW, _MANY, _BEST = 100, 1000, 8
 # Steps of Levenberg-Marquardt for all replicas: those that are refined together wait
 # for the slowest.
 _FIRST = 30
@@ -46,9 +46,10 @@ def second_order(max_steps: int = 200) -> Polish:
     """The default: Levenberg-Marquardt for least squares, L-BFGS for all else.
 
     The cost of a step of Levenberg-Marquardt grows with the cube of the number of
-    params. Up to 100 of them, all replicas take at most 30 steps, and the 16 best go on.
-    Beyond, L-BFGS goes first, and it refines the 16 best; from 1000 on, and for models
-    that can only be differentiated in reverse, there is L-BFGS alone.
+    params. Up to 100 of them, all replicas take at most 30 steps, and the eight best go
+    on. Beyond, L-BFGS goes first, and Levenberg-Marquardt refines the eight best; from
+    1000 on, and for models that can only be differentiated in reverse, there is L-BFGS
+    alone.
 
     Args:
       max_steps: maximum number of steps of a replica.
