@@ -123,15 +123,16 @@ def photovoltaics(num_layers: int, num_evaluations: int) -> Stack:
 
 spectrum = jax.vmap(reflectance, (None, None, 0, 0))
 
-PROBLEMS: tuple[Callable[[], Stack], ...] = (
-    lambda: bragg(10, 10_000),
-    lambda: bragg(20, 10_000),
-    lambda: bragg(40, 40_000),
-    lambda: bragg(60, 100_000),
-    lambda: photovoltaics(10, 10_000),
-    lambda: photovoltaics(20, 10_000),
-    lambda: photovoltaics(32, 10_000),
-)
+# Numbers of layers and evaluations.
+PROBLEMS: dict[str, list[tuple[Callable[[int, int], Stack], tuple[int, int]]]] = {
+    "Bragg": [
+        (bragg, (10, 10_000)),
+        (bragg, (20, 10_000)),
+        (bragg, (40, 40_000)),
+        (bragg, (60, 100_000)),
+    ],
+    "photovoltaics": [(photovoltaics, (num, 10_000)) for num in (10, 20, 32)],
+}
 
 
 def by_minimize(stack: Stack, seed: int) -> np.ndarray:
@@ -258,13 +259,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--peer-runs", type=int, default=5, help="of the others")
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
     parser.add_argument("--output", type=Path, help="rows of all runs (CSV)")
     parser.add_argument("--results", type=Path, help="such rows, instead of runs")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    stacks = [make() for make in PROBLEMS]
+    stacks = [make(*given) for name in args.problems for make, given in PROBLEMS[name]]
     if args.quick:
         args.runs, args.peer_runs = 1, 1
         stacks = [bragg(4, 500), photovoltaics(2, 100)]
