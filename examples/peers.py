@@ -93,7 +93,9 @@ class Counter:
 Peer = Callable[[Counter, int, int], Any]
 
 
-def restarted_lbfgs(counter: Counter, dim: int, seed: int) -> None:
+def restarted_lbfgs(
+    counter: Counter, dim: int, seed: int, tolerance: float | None = None
+) -> None:
     """L-BFGS-B from uniform starts, until the budget is spent."""
     rng = np.random.default_rng(seed)
     while True:
@@ -103,6 +105,7 @@ def restarted_lbfgs(counter: Counter, dim: int, seed: int) -> None:
             jac=True,
             method="L-BFGS-B",
             bounds=[(0, 1)] * dim,
+            tol=tolerance,
         )
 
 

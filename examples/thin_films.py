@@ -21,6 +21,7 @@ import csv
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,11 +150,11 @@ def by_minimize(stack: Stack, seed: int) -> np.ndarray:
     return np.asarray(found.params)
 
 
-def by_peer(name: str) -> Callable[[Stack, int], np.ndarray]:
+def by_peer(peer: peers.Peer) -> Callable[[Stack, int], np.ndarray]:
     def run(stack: Stack, seed: int) -> np.ndarray:
         low, high = (np.full(len(stack.indices), side) for side in stack.bounds)
         found = peers.search(
-            peers.PEERS[name],
+            peer,
             stack.cost,
             low,
             high,
@@ -165,8 +166,13 @@ def by_peer(name: str) -> Callable[[Stack, int], np.ndarray]:
     return run
 
 
-NAMES = "multi-start L-BFGS", "CMA-ES", "differential evolution"
-METHODS = {"`minimize`": by_minimize, **{name: by_peer(name) for name in NAMES}}
+METHODS = {
+    "`minimize`": by_minimize,
+    # Costs are far below one: with SciPy's tolerances it would stop too early.
+    "multi-start L-BFGS": by_peer(partial(peers.restarted_lbfgs, tolerance=1e-14)),
+    "CMA-ES": by_peer(peers.cma_es),
+    "differential evolution": by_peer(peers.differential_evolution),
+}
 
 
 def run(stacks: list[Stack], num_runs: dict[str, int]) -> list[dict[str, Any]]:
