@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 import scipy.optimize
-import scipy.stats
 from datasets import Source, find
+from tables import success_cells, success_interval
 
 import pranam_optax
 
@@ -257,26 +257,20 @@ def table(results: dict[str, Any]) -> str:
         "| median evaluations | seconds a run |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    interval = scipy.stats.binomtest(sum(reached), len(runs)).proportion_ci(
-        method="wilson"
-    )
     made = [run["evaluations"] or np.inf for run in runs]
     seconds = np.median([run["seconds"] for run in runs])
     lines.append(
-        f"| `minimize` | {sum(reached)} of {len(runs)} | {interval.low:.0%} to "
-        f"{interval.high:.0%} | {np.mean(ends <= LOWEST + NEAR):.0%} "
-        f"| {np.median(made):.0f} | {seconds:.0f} |"
+        f"| `minimize` | {success_cells(sum(reached), len(runs))} "
+        f"| {np.mean(ends <= LOWEST + NEAR):.0%} | {np.median(made):.0f} "
+        f"| {seconds:.0f} |"
     )
     for name in STARTS:
         peer = results[name]
         there = np.array(peer["ends"]) <= LOWEST + NEAR
         cost = np.mean(peer["evaluations"])
-        interval = scipy.stats.binomtest(int(there.sum()), len(there)).proportion_ci(
-            method="wilson"
-        )
+        interval = success_interval(int(there.sum()), len(there))
         share, low, high = (
-            1 - (1 - p) ** (budget / cost)
-            for p in (there.mean(), interval.low, interval.high)
+            1 - (1 - p) ** (budget / cost) for p in (there.mean(), *interval)
         )
         with np.errstate(divide="ignore"):
             half = np.log(2) / -np.log1p(-there.mean()) * cost

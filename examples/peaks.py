@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tables import write_rows
 
 import pranam_optax
 from pranam_optax.fitting import FitResult
@@ -169,10 +170,7 @@ def main() -> None:
         print(f"| {row['spectrum']} | {' | '.join(cells)} |")
     print(f"\nfirst fit {seconds[0]:.1f} s, others {np.median(seconds[1:]):.2f} s each")
     if args.output:
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.output, rows)
     if args.plot:
         plot(x, spectra[0], results, args.plot)
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
-import scipy.stats
+from tables import success_cells, write_rows
 
 import pranam_optax
 
@@ -199,46 +199,57 @@ def run(stacks: list[Stack], num_runs: dict[str, int]) -> list[dict[str, Any]]:
     return rows
 
 
+def load(path: Path) -> list[dict[str, Any]]:
+    """Rows that `run` made."""
+    with path.open(newline="") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in rows:
+        row |= {name: float(row[name]) for name in ("cost", "seconds")}
+    return rows
+
+
+def of_stack(stack: Stack, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a problem, the lowest first."""
+    own = [row for row in rows if row["problem"] == stack.name]
+    return sorted(own, key=lambda row: row["cost"])
+
+
+def goal(stack: Stack, rows: list[dict[str, Any]]) -> float:
+    """The cost of the quarter-wave stack, or the lowest of all."""
+    return stack.best_known or of_stack(stack, rows)[0]["cost"]
+
+
 def table(stacks: list[Stack], rows: list[dict[str, Any]]) -> str:
-    """Runs that reach the quarter-wave stack, or the lowest of all, to 1e-4."""
+    """How many runs come within 1e-4 of the goal."""
     lines = ["| problem | method | reached | 95 % | median | worst | seconds |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for stack in stacks:
-        of_stack = [row for row in rows if row["problem"] == stack.name]
-        lowest = min(float(row["cost"]) for row in of_stack)
-        goal = (1 + 1e-4) * (lowest if stack.best_known is None else stack.best_known)
         for method in METHODS:
-            runs = [row for row in of_stack if row["method"] == method]
-            costs = np.array([float(row["cost"]) for row in runs])
-            seconds = np.median([float(row["seconds"]) for row in runs])
-            reached = int(np.sum(costs <= goal))
-            ends = scipy.stats.binomtest(reached, len(runs)).proportion_ci(
-                method="wilson"
-            )
+            runs = [r for r in of_stack(stack, rows) if r["method"] == method]
+            costs = np.array([row["cost"] for row in runs])
+            seconds = np.median([row["seconds"] for row in runs])
+            reached = int(np.sum(costs <= (1 + 1e-4) * goal(stack, rows)))
             lines.append(
-                f"| {stack.name} | {method} | {reached} of {len(runs)} "
-                f"| {ends.low:.0%} to {ends.high:.0%} | {np.median(costs):.6g} "
-                f"| {costs.max():.6g} | {seconds:.1f} |"
+                f"| {stack.name} | {method} | {success_cells(reached, len(runs))} "
+                f"| {np.median(costs):.6g} | {costs.max():.6g} | {seconds:.1f} |"
             )
     return "\n".join(lines)
 
 
 def plot(stacks: list[Stack], rows: list[dict[str, Any]], path: Path) -> None:
-    """How far each run ends above the lowest, and the light that the best let in."""
+    """How far each run ends above the goal, and the light that the best let in."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, method in enumerate(METHODS):
         for j, stack in enumerate(stacks):
-            of_stack = [row for row in rows if row["problem"] == stack.name]
-            lowest = min(float(row["cost"]) for row in of_stack)
-            lowest = stack.best_known or lowest
-            costs = [float(r["cost"]) for r in of_stack if r["method"] == method]
-            excess = np.maximum(np.array(costs) / lowest - 1, 1e-8)
+            runs = [r for r in of_stack(stack, rows) if r["method"] == method]
+            costs = np.array([row["cost"] for row in runs])
+            excess = np.maximum(costs / goal(stack, rows) - 1, 1e-8)
             x = j + (i - 1.5) / 6 + np.linspace(-0.05, 0.05, len(excess))
             label = method.strip("`") if j == 0 else None
-            left.semilogy(x, np.sort(excess), ".", color=f"C{i}", ms=4, label=label)
+            left.semilogy(x, excess, ".", color=f"C{i}", ms=4, label=label)
     left.set_xticks(range(len(stacks)), [stack.name for stack in stacks])
     left.tick_params(axis="x", rotation=30)
     left.set(ylabel="cost above the lowest, relative")
@@ -249,10 +260,7 @@ def plot(stacks: list[Stack], rows: list[dict[str, Any]], path: Path) -> None:
     right.plot(wavelengths, 100 * bare, "k--", label="no layer")
     for stack in stacks:
         if stack.best_known is None:
-            best = min(
-                (r for r in rows if r["problem"] == stack.name),
-                key=lambda r: float(r["cost"]),
-            )
+            best = of_stack(stack, rows)[0]
             design = jnp.array([float(d) for d in best["design"].split()])
             light = 1 - spectrum(design, stack.indices, silicon, wavelengths)
             right.plot(wavelengths, 100 * light, label=stack.name.split(", ")[1])
@@ -277,16 +285,13 @@ def main() -> None:
         args.runs, args.peer_runs = 1, 1
         stacks = [bragg(4, 500), photovoltaics(2, 100)]
     if args.results:
-        rows = list(csv.DictReader(args.results.open()))
+        rows = load(args.results)
     else:
         num_runs = dict.fromkeys(METHODS, args.peer_runs) | {"`minimize`": args.runs}
         rows = run(stacks, num_runs)
     print(table(stacks, rows))
     if args.output:
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.output, rows)
     if args.plot:
         plot(stacks, rows, args.plot)
 

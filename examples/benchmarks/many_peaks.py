@@ -16,7 +16,7 @@ import _paths  # noqa: F401
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
+from tables import success_cells
 
 import pranam_optax
 from pranam_optax.fitting import levenberg_marquardt
@@ -163,10 +163,8 @@ def main() -> None:
                 value = METHODS[name](num, y, args.evaluations, seed, goal)
                 excess.append(value / float(best.value) - 1)
             found = int(np.sum(np.array(excess) <= 1e-3))
-            test = scipy.stats.binomtest(found, runs)
-            low, high = test.proportion_ci(method="wilson")
             print(
-                f"| {num} | {name} | {found} of {runs} | {low:.0%} to {high:.0%} "
+                f"| {num} | {name} | {success_cells(found, runs)} "
                 f"| {np.median(excess):.2g} "
                 f"| {(time.perf_counter() - began) / runs:.1f} |",
                 flush=True,

@@ -52,7 +52,7 @@ def second_order(max_steps: int = 200) -> Polish:
     alone.
 
     Args:
-      max_steps: maximum number of steps of a replica.
+      max_steps: maximum number of steps of a replica in each of these refinements.
     """
     return _SecondOrder(max_steps)
 
@@ -199,21 +199,21 @@ def begin_descents(fun: Function, params: PyTree, unit: jax.Array) -> Descents:
 
     def begin(params: PyTree) -> Descents:
         value, grad = jax.value_and_grad(lambda p: fun(p) / unit)(params)
-        tx = _lbfgs(params)
-        direction, state = tx.update(grad, tx.init(params), params)
-        return Descents(
-            *(params, value, grad, state, direction),
-            *_search(value),
-            jnp.where(jnp.isfinite(value), 0, PATIENCE),
-            jnp.ones((), jnp.int32),
-        )
+        idle = jnp.where(jnp.isfinite(value), 0, PATIENCE)
+        state = _lbfgs(params).init(params)
+        return _aim(params, value, grad, state, idle, jnp.ones((), jnp.int32))
 
     return jax.vmap(begin)(params)
 
 
-def _search(value: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Step and bracket at the beginning of a line search."""
-    return jnp.ones_like(value), (jnp.zeros_like(value), jnp.full_like(value, jnp.inf))
+def _aim(
+    params: PyTree, value: jax.Array, grad: PyTree, state: optax.OptState, *counts: Any
+) -> Descents:
+    """One descent at the beginning of a line search."""
+    direction, state = _lbfgs(params).update(grad, state, params)
+    bracket = jnp.zeros_like(value), jnp.full_like(value, jnp.inf)
+    step = jnp.ones_like(value)
+    return Descents(params, value, grad, state, direction, step, bracket, *counts)
 
 
 def _advance(fun: Function, old: Descents) -> Descents:
@@ -245,7 +245,6 @@ def _advance(fun: Function, old: Descents) -> Descents:
     long = jnp.where(fallen, long, old.step)
     part = jnp.where(short > 0, 0.5, _cubic(old, value, slope, new_slope))
     step = jnp.where(too_short, 2 * old.step, short + part * (long - short))
-
     on = old._replace(step=step, bracket=(short, long))
 
     # Or the next one begins: without memory, if the curvature was not positive.
@@ -253,15 +252,10 @@ def _advance(fun: Function, old: Descents) -> Descents:
     params, value, grad = optax.tree.where(
         taken, (params, value, grad), (old.params, old.values, old.grads)
     )
-    tx = _lbfgs(params)
-    state = optax.tree.where(taken & (new_slope > slope), old.state, tx.init(params))
-    direction, state = tx.update(grad, state, params)
-    turn = Descents(
-        *(params, value, grad, state, direction),
-        *_search(value),
-        jnp.where(gained, 0, old.idle + 1),
-        old.num_evaluations,
-    )
+    empty = _lbfgs(params).init(params)
+    state = optax.tree.where(taken & (new_slope > slope), old.state, empty)
+    idle = jnp.where(gained, 0, old.idle + 1)
+    turn = _aim(params, value, grad, state, idle, old.num_evaluations)
     new = optax.tree.where(taken | lost, turn, on)
     new = new._replace(num_evaluations=old.num_evaluations + 1)
     return optax.tree.where(old.active, new, old)

@@ -503,6 +503,13 @@ def _from_row(coordinates: Coordinates, row: jax.Array) -> PyTree:
     )
 
 
+def _from_rows(coordinates: Coordinates, rows: jax.Array) -> PyTree:
+    """Stacked coordinates."""
+    return jax.vmap(lambda row: coordinates.from_params(_from_row(coordinates, row)))(
+        rows
+    )
+
+
 def _first_population(
     key: jax.Array, coordinates: Coordinates, z: PyTree
 ) -> Population:
@@ -528,7 +535,7 @@ def _evolve(
         num,
     )
     rows = jnp.stack([population.lowest, population.mean])
-    z = jax.vmap(lambda row: coordinates.from_params(_from_row(coordinates, row)))(rows)
+    z = _from_rows(coordinates, rows)
     return population, history, z, jax.vmap(within(fun, coordinates))(z)
 
 
@@ -562,9 +569,7 @@ def _trials(
     even = jnp.arange(len(flat))[:, None] % 2 == 0
     difference = jnp.where(even, whole, jnp.where(mask, apart, 0.0))
     trials = base + difference
-    z = jax.vmap(lambda row: coordinates.from_params(_from_row(coordinates, row)))(
-        trials
-    )
+    z = _from_rows(coordinates, trials)
     values = jax.vmap(within(fun, coordinates))(z)
     nearest = jax.lax.map(
         lambda row: jnp.min(jnp.max(jnp.abs(row[None] - flat), axis=1)), trials
