@@ -166,8 +166,12 @@ def spread_out(problem: Problem, z: PyTree) -> PyTree:
     """The replicas on all devices of this process, in equal parts.
 
     Not where somebody has placed data on a device, which JAX does not mix with others.
+    And no least squares on several devices of one CPU: batches of factorizations there
+    wait for threads that wait for them (jaxlib 0.10).
     """
     devices = jax.local_devices()
+    if problem.residuals is not None and devices[0].platform == "cpu":
+        return z
     leaves = jax.tree.leaves((problem, z))
     placed = any(is_traced(x) or getattr(x, "committed", False) for x in leaves)
     if placed or len(devices) == 1 or len(jax.tree.leaves(z)[0]) % len(devices):
