@@ -150,8 +150,9 @@ def test_trajectory_is_that_of_before(case):
     for name, actual in CASES[case]().items():
         expected = stored[f"{case}/{name}"]
         size = np.nanmax(np.abs(expected))
-        # The coupled phase of this one multiplies rounding errors by a hundred.
-        tolerance = 1e-4 if case == "minimize" else 1e-5
+        # The coupled phase of `minimize` multiplies rounding errors by a hundred, and
+        # some CPUs round float16 more often than others.
+        tolerance = {"minimize": 1e-4, "half": 1e-3}.get(case, 1e-5)
         np.testing.assert_allclose(
             actual, expected, rtol=tolerance, atol=tolerance * size
         )

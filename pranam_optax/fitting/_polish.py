@@ -26,6 +26,8 @@ _FEW, _MANY, _BEST = 100, 1000, 8
 # Steps of Levenberg-Marquardt for all replicas: those that are refined together wait
 # for the slowest.
 _FIRST = 30
+# Trial steps of L-BFGS, which solves no equations, for one of Levenberg-Marquardt.
+_TRIALS = 2.5
 # Numbers in the Jacobians of the replicas that are refined together.
 _JACOBIANS = 50_000_000
 
@@ -52,12 +54,13 @@ def second_order(max_steps: int = 200) -> Polish:
     alone.
 
     Args:
-      max_steps: maximum number of steps of a replica in each of these refinements.
+      max_steps: maximum number of steps of Levenberg-Marquardt. L-BFGS may take 2.5
+        times as many trial steps, each an evaluation.
     """
     return _SecondOrder(max_steps)
 
 
-def lbfgs(max_steps: int = 200) -> Polish:
+def lbfgs(max_steps: int = 500) -> Polish:
     """Optax's L-BFGS, until no replica gains any more.
 
     Args:
@@ -140,9 +143,10 @@ def settle(polish: Polish, residuals: Function | None, params: PyTree) -> Polish
     if not isinstance(polish, _SecondOrder):
         return polish
     size, steps = sum(x.size for x in jax.tree.leaves(params)), polish.max_steps
+    descent = _LBFGS(int(_TRIALS * steps))
     if residuals is None or size > _MANY or only_in_reverse(residuals):
-        return _LBFGS(steps)
-    first = _LBFGS(steps) if size > _FEW else _LevenbergMarquardt(min(_FIRST, steps))
+        return descent
+    first = descent if size > _FEW else _LevenbergMarquardt(min(_FIRST, steps))
     return _Staged(((first, None), (_LevenbergMarquardt(steps), _BEST)))
 
 
