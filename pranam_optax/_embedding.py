@@ -32,6 +32,7 @@ from pranam_optax._tree import (
     times,
 )
 
+Factors = tuple[jax.Array, PyTree, PyTree | None]
 Activation = Callable[[jax.Array], jax.Array]
 Initializer = jax.nn.initializers.Initializer
 
@@ -53,14 +54,15 @@ class Embedding(NamedTuple):
         params, warm-started from them if it likes.
       apply: `apply(phi)`, the output :math:`f(\phi)`: a pytree like the stacked
         params.
-      factors: may be left out. `factors(phi)`, features A, `[R, H]`, and heads B, like
-        one model's params with a leading axis of length H, whose product is the output:
-        with them the line search forms no array of the replicas' size.
+      factors: may be left out. `factors(phi)` returns features A, `[R, H]`, heads B,
+        like one model's params with a leading axis of length H, and a bias like one
+        model's params, or None: the output is :math:`A B + \beta`. With them the
+        projection step forms no array of the replicas' size but the target.
     """
 
     init: Callable[[jax.Array, PyTree], PyTree]
     apply: Callable[[PyTree], PyTree]
-    factors: Callable[[PyTree], tuple[jax.Array, PyTree]] | None = None
+    factors: Callable[[PyTree], Factors] | None = None
 
 
 class Dense(NamedTuple):
@@ -279,31 +281,30 @@ def check_features(
 
 def make_factors(
     activations: tuple[Activation, ...],
-) -> Callable[[MLPParams], tuple[jax.Array, PyTree]]:
+) -> Callable[[MLPParams], Factors]:
     """`factors` of an embedding whose trunk has these activations."""
 
-    def factors(phi: MLPParams) -> tuple[jax.Array, PyTree]:
+    def factors(phi: MLPParams) -> Factors:
         if phi.heads is None:  # the mean alone
-            return jnp.ones_like(phi.table), jax.tree.map(lambda b: b[None], phi.bias)
+            heads = jax.tree.map(lambda b: b[None], phi.bias)
+            return jnp.ones_like(phi.table), heads, None
         features = phi.table
         for layer, activation in zip(phi.trunk, activations, strict=True):
             features = _matmul(features, layer.kernel)
             if layer.bias is not None:
                 features = features + layer.bias[None]
             features = activation(features)
-        if phi.bias is None:
-            return features, phi.heads
-        ones = jnp.ones_like(features, shape=(len(features), 1))
-        return jnp.concatenate([features, ones], axis=1), jax.tree.map(
-            lambda x, b: jnp.concatenate([x, b[None]]), phi.heads, phi.bias
-        )
+        return features, phi.heads, phi.bias
 
     return factors
 
 
-def multiply(features: jax.Array, heads: PyTree) -> PyTree:
+def multiply(features: jax.Array, heads: PyTree, bias: PyTree | None) -> PyTree:
     """The output whose factors these are."""
-    return jax.tree.map(lambda head: _product(features, head), heads)
+    output = jax.tree.map(lambda head: _product(features, head), heads)
+    if bias is None:
+        return output
+    return jax.tree.map(lambda x, b: x + b[None], output, bias)
 
 
 @jax.custom_jvp

@@ -1,5 +1,6 @@
 """The transformation `pranam`: replica gradients, projected onto an embedding."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pranam_optax._embedding import Embedding, check_embedding, check_update
+from pranam_optax._embedding import Embedding, Factors, check_embedding, check_update
 from pranam_optax._replicas import alive, as_key, zero_counts
 from pranam_optax._sharding import auto_axes
 from pranam_optax._tree import (
@@ -18,9 +19,11 @@ from pranam_optax._tree import (
     broadcast_to_leaf,
     cast,
     check_replicas,
+    combine,
     compute_dtype,
     divide,
     gram,
+    inner,
     is_traced,
     largest_entry,
     leaf_dtype,
@@ -244,7 +247,10 @@ def projection_step(
         residual = mask_replicas(living, subtract(embedding.apply(phi), target))
         return 0.5 * sum_of_squares(residual)
 
-    gradient = jax.grad(loss)(phi)
+    if embedding.factors is None:
+        gradient = jax.grad(loss)(phi)
+    else:
+        gradient = _factored_gradient(embedding.factors, phi, target, living)
     # Along d = grad l / max|grad l|, since the squares of grad l itself may overflow.
     unit = largest_entry(gradient)
     d = divide(gradient, unit)
@@ -255,6 +261,30 @@ def projection_step(
     return jax.tree.map(lambda x, d: x - times(length, d), phi, d)
 
 
+def _factored_gradient(
+    factors: Callable[[PyTree], Factors], phi: PyTree, target: PyTree, living: jax.Array
+) -> PyTree:
+    """grad l of f(phi) = A B + beta, without the residual E = f(phi) - T in memory.
+
+    From B B^T and T B^T for the features, E B^T, and from products with A^T for the
+    heads and the bias, A^T E and 1^T E. T is seen from beta, so that nothing cancels.
+    """
+    (a, b, bias), pull_back = jax.vjp(factors, phi)
+    a = left = mask_replicas(living, a)
+    if bias is not None:
+        target = away_from(bias, target)
+        left = jnp.concatenate([a, living[:, None].astype(a.dtype)], axis=1)
+    products = a @ gram(b).astype(a.dtype) - inner(target, b).astype(a.dtype)
+    rows = subtract(combine(a.T @ left, b), combine(left, target))
+    return pull_back(
+        (
+            mask_replicas(living, products),
+            jax.tree.map(lambda x: x[: a.shape[1]], rows),
+            bias if bias is None else jax.tree.map(lambda x: x[-1], rows),
+        )
+    )[0]
+
+
 def _squared_slope(
     embedding: Embedding, phi: PyTree, d: PyTree, living: jax.Array
 ) -> jax.Array:
@@ -262,11 +292,19 @@ def _squared_slope(
     if embedding.factors is None:
         slope = jax.jvp(embedding.apply, (phi,), (d,))[1]
         return sum_of_squares(mask_replicas(living, slope))
-    # J d = dA B + A dB: its norm comes from Gram matrices of 2H x 2H.
-    (a, b), (da, db) = jax.jvp(embedding.factors, (phi,), (d,))
-    left = mask_replicas(living, jnp.concatenate([da, a], axis=1))
-    right = jax.tree.map(lambda x, dx: jnp.concatenate([x, dx]), b, db)
-    return jnp.sum(gram(left.T) * gram(right).astype(left.dtype))
+    # J d = dA B + A dB + 1 dbeta: its norm comes from products of their rows.
+    (a, b, bias), (da, db, dbias) = jax.jvp(embedding.factors, (phi,), (d,))
+    terms = [(da, b), (a, db)]
+    if bias is not None:
+        terms.append((jnp.ones_like(a[:, :1]), jax.tree.map(lambda x: x[None], dbias)))
+    terms = [(mask_replicas(living, left), right) for left, right in terms]
+    # Those of two different terms occur twice.
+    pairs = itertools.combinations_with_replacement(enumerate(terms), 2)
+    products = [
+        (1 + (i != j)) * jnp.sum((x.T @ y) * inner(u, v).astype(x.dtype))
+        for (i, (x, u)), (j, (y, v)) in pairs
+    ]
+    return jnp.sum(jnp.stack(products))
 
 
 def each_replica(value: Any, name: str, tree: PyTree) -> jax.Array:

@@ -255,14 +255,10 @@ def _living_squares_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Arr
 
 def replica_mean(tree: PyTree, living: jax.Array) -> PyTree:
     """Mean over the living replicas of a tree in which the others are zero."""
-    count = jnp.maximum(jnp.sum(living), 1)
-
     # As a product with a row, which is much faster than a sum over axis 0 on CPUs.
-    def mean(x: jax.Array) -> jax.Array:
-        row = living.astype(x.dtype) / count.astype(x.dtype)
-        return jnp.tensordot(row, x, 1, precision=jax.lax.Precision.HIGHEST)
-
-    return jax.tree.map(mean, tree)
+    shares = living.astype(compute_dtype(*jax.tree.leaves(tree)))
+    means = combine(shares[:, None] / jnp.maximum(jnp.sum(shares), 1.0), tree)
+    return jax.tree.map(lambda x: x[0], means)
 
 
 def deviations(tree: PyTree, living: jax.Array, mean: PyTree = None) -> PyTree:
@@ -276,11 +272,26 @@ def away_from(mean: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x, m: x - m[None], tree, mean)
 
 
-def gram(tree: PyTree) -> jax.Array:
-    """Inner products between the entries of axis 0, over all other axes and leaves."""
+def inner(x: PyTree, y: PyTree) -> jax.Array:
+    """Inner products between the rows of two trees, over all axes but 0 and leaves."""
 
-    def products(x: jax.Array) -> jax.Array:
+    def products(x: jax.Array, y: jax.Array) -> jax.Array:
         axes = tuple(range(1, x.ndim))
-        return jnp.tensordot(x, x, (axes, axes), precision=jax.lax.Precision.HIGHEST)
+        y = y.astype(x.dtype)
+        return jnp.tensordot(x, y, (axes, axes), precision=jax.lax.Precision.HIGHEST)
 
-    return total(tree, products)
+    return total(jax.tree.map(products, x, y), lambda x: x)
+
+
+def gram(tree: PyTree) -> jax.Array:
+    """Inner products between the rows of a tree."""
+    return inner(tree, tree)
+
+
+def combine(features: jax.Array, tree: PyTree) -> PyTree:
+    """Features, `[R, H]`, transposed, times a tree with R rows: one with H rows."""
+    highest = jax.lax.Precision.HIGHEST
+    return jax.tree.map(
+        lambda x: jnp.tensordot(features.T.astype(x.dtype), x, 1, precision=highest),
+        tree,
+    )
