@@ -299,7 +299,7 @@ def make_factors(
     return factors
 
 
-def multiply(features: jax.Array, heads: PyTree, bias: PyTree | None) -> PyTree:
+def multiply(features: jax.Array, heads: PyTree, bias: PyTree = None) -> PyTree:
     """The output whose factors these are."""
     output = jax.tree.map(lambda head: _product(features, head), heads)
     if bias is None:

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pranam_optax._embedding import Embedding, Factors, check_embedding, check_update
+from pranam_optax._embedding import (
+    Embedding,
+    Factors,
+    check_embedding,
+    check_update,
+    multiply,
+)
 from pranam_optax._replicas import alive, as_key, zero_counts
 from pranam_optax._sharding import auto_axes
 from pranam_optax._tree import (
@@ -275,7 +281,7 @@ def _factored_gradient(
         target = away_from(bias, target)
         left = jnp.concatenate([a, living[:, None].astype(a.dtype)], axis=1)
     products = a @ gram(b).astype(a.dtype) - inner(target, b).astype(a.dtype)
-    rows = subtract(combine(a.T @ left, b), combine(left, target))
+    rows = subtract(multiply(left.T @ a, b), combine(left, target))
     return pull_back(
         (
             mask_replicas(living, products),
