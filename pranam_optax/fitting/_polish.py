@@ -1,6 +1,7 @@
 """Second-order refinement of replicas, each on its own, after the coupled phase."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,8 +27,8 @@ _FEW, _MANY, _BEST = 100, 1000, 8
 # Steps of Levenberg-Marquardt for all replicas: those that are refined together wait
 # for the slowest.
 _FIRST = 30
-# Trial steps of L-BFGS, which solves no equations, for one of Levenberg-Marquardt.
-_TRIALS = 2.5
+# How many steps others than that of small models may take, of its number.
+_LBFGS_SHARE, _LARGE_SHARE = 0.5, 0.2
 # Numbers in the Jacobians of the replicas that are refined together.
 _JACOBIANS = 50_000_000
 
@@ -44,18 +45,19 @@ class Polished(NamedTuple):
 Polish = Callable[[Function, Function | None, PyTree], Polished]
 
 
-def second_order(max_steps: int = 200) -> Polish:
+def second_order(max_steps: int = 1000) -> Polish:
     """The default: Levenberg-Marquardt for least squares, L-BFGS for all else.
 
     The cost of a step of Levenberg-Marquardt grows with the cube of the number of
     params. Up to 100 of them, all replicas take at most 30 steps, and the eight best go
-    on. Beyond, L-BFGS goes first, and Levenberg-Marquardt refines the eight best; from
-    1000 on, and for models that can only be differentiated in reverse, there is L-BFGS
-    alone.
+    on: in a narrow valley they need hundreds. Beyond, L-BFGS goes first, and
+    Levenberg-Marquardt refines the eight best; from 1000 on, and for models that can
+    only be differentiated in reverse, there is L-BFGS alone.
 
     Args:
-      max_steps: maximum number of steps of Levenberg-Marquardt. L-BFGS may take 2.5
-        times as many trial steps, each an evaluation.
+      max_steps: maximum number of steps of Levenberg-Marquardt up to 100 params, and
+        a fifth of that beyond. L-BFGS may take half as many trial steps, each an
+        evaluation.
     """
     return _SecondOrder(max_steps)
 
@@ -143,10 +145,12 @@ def settle(polish: Polish, residuals: Function | None, params: PyTree) -> Polish
     if not isinstance(polish, _SecondOrder):
         return polish
     size, steps = sum(x.size for x in jax.tree.leaves(params)), polish.max_steps
-    descent = _LBFGS(int(_TRIALS * steps))
+    descent = _LBFGS(math.ceil(_LBFGS_SHARE * steps))
     if residuals is None or size > _MANY or only_in_reverse(residuals):
         return descent
-    first = descent if size > _FEW else _LevenbergMarquardt(min(_FIRST, steps))
+    first: Polish = _LevenbergMarquardt(min(_FIRST, steps))
+    if size > _FEW:
+        first, steps = descent, math.ceil(_LARGE_SHARE * steps)
     return _Staged(((first, None), (_LevenbergMarquardt(steps), _BEST)))
 
 
