@@ -78,6 +78,13 @@ def test_links_of(page):
             assert anchor in anchors(path), target
 
 
+def test_every_result_is_listed():
+    folder = ROOT / "docs/results"
+    text = (folder / "README.md").read_text()
+    names = [path.name for path in folder.rglob("*") if path.is_file()]
+    assert not [name for name in names if name != "README.md" and name not in text]
+
+
 def first_update(tx, grads, params=None, **keywords):
     params = grads if params is None else params
     return tx.update(grads, tx.init(params), params, **keywords)
