@@ -23,4 +23,4 @@ from pranam_optax._revive import revive_replicas as revive_replicas
 from pranam_optax.fitting._fit import fit as fit
 from pranam_optax.fitting._minimize import minimize as minimize
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

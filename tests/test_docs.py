@@ -54,6 +54,37 @@ class Page:
         return self.sections[section][block]
 
 
+def anchors(page):
+    """Of the page's titles, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*?)$", text, re.MULTILINE)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title) for title in titles)
+    return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in plain}
+
+
+PAGES = [p.relative_to(ROOT) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]]
+
+
+@pytest.mark.parametrize("page", sorted(PAGES), ids=str)
+def test_links_of(page):
+    page = ROOT / page
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name) if name else page
+        assert path.exists(), target
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors(path), target
+
+
+def test_every_result_is_listed():
+    folder = ROOT / "docs/results"
+    text = (folder / "README.md").read_text()
+    names = [path.name for path in folder.rglob("*") if path.is_file()]
+    assert not [name for name in names if name != "README.md" and name not in text]
+
+
 def first_update(tx, grads, params=None, **keywords):
     params = grads if params is None else params
     return tx.update(grads, tx.init(params), params, **keywords)
@@ -61,6 +92,9 @@ def first_update(tx, grads, params=None, **keywords):
 
 def test_readme():
     example = Page("README.md")
+    result, found = example["result"], example["found"]
+    assert abs(result.params["frequency"] - 7) < 4 * result.standard_errors["frequency"]
+    assert found.value < 0.01
     assert example["values"].mean() < 0.01
     assert example["problem"].fun(example["best"]) < 0.01
 
@@ -79,16 +113,6 @@ def test_original():
     assert_close(params["w"] + updates["w"], embedding.apply(state.phi)["w"], 1e-5)
     updates, _ = first_update(page["tf1_adam"](0.1), params)
     assert_close(updates, {"w": -0.1, "b": -0.1}, 1e-5)
-
-
-def test_study():
-    tx = Page("docs/study.md")["tx"]
-    params, grads = np.random.default_rng(0).normal(size=(2, 32, 5)).astype("f4")
-    updates, _ = first_update(tx, grads, params)
-    # Adam's first step goes by the sign: of the gradient, where replicas are free.
-    free, coupled = np.split(np.sign(updates) == -np.sign(grads), [8])
-    assert np.all(free)
-    assert not np.all(coupled)
 
 
 def test_composition():
@@ -116,7 +140,16 @@ def test_frameworks():
             best = np.mean((recipe["prediction"][:, 0] - recipe["data"].y) ** 2)
             assert best < 1.5 * recipe["values"].min()
 
-    many = page.after("One model out of many")
+    best = nnx["best"](nnx["data"].x)[:, 0]
+    assert_close(np.mean((best - nnx["data"].y) ** 2), nnx["values"].min(), 1e-3)
+    short = page.after("Flax NNX", 1)
+    assert_close(short["prediction"], short["best"](short["data"].x), 1e-5)
+    assert_close(short["metrics"]["loss_min"], short["values"].min(), 1e-5)
+    assert short["metrics"]["nonfinite"] == 0
+
+
+def test_elastic():
+    many = Page("docs/elastic.md").after("One model out of many")
     mean = many["statistics"]["batch_stats"]["BatchNorm_0"]["mean"]
     layer = jax.tree.map(np.asarray, many["average"]["Dense_1"])
     hidden = np.asarray(many["data"].x) @ layer["kernel"] + layer["bias"]
@@ -124,6 +157,9 @@ def test_frameworks():
     loss = np.mean((many["prediction"][:, 0] - many["data"].y) ** 2)
     assert loss < 1.5 * many["values"].mean()
 
+
+def test_checkpoints():
+    page = Page("docs/checkpoints.md")
     checkpoint = page.after("Checkpoints")
     run, restored = checkpoint["run"], checkpoint["restored"]
     for tree in (run, restored):
@@ -185,16 +221,26 @@ def test_odes():
         jax.config.update("jax_enable_x64", False)
 
 
-# docs/recipes.md: each against its formula
+# docs/recipes.md and docs/recipes_advanced.md: each recipe against its formula
 
 
 @pytest.fixture(scope="module")
-def recipes():
+def pages():
     jax.config.update("jax_numpy_rank_promotion", "allow")  # the recipes are a user's
     with jax.numpy_dtype_promotion("standard"):
-        page = Page("docs/recipes.md")
-    yield page
+        pages = Page("docs/recipes.md"), Page("docs/recipes_advanced.md")
+    yield pages
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def recipes(pages):
+    return pages[0]
+
+
+@pytest.fixture
+def advanced(pages):
+    return pages[1]
 
 
 @pytest.fixture
@@ -263,6 +309,15 @@ def test_resampling_is_below_the_same_run_without(recipes):
     assert resampled["num_steps"] == 199
 
 
+def test_a_quarter_of_the_replicas_is_free(recipes):
+    params, grads = np.random.default_rng(0).normal(size=(2, 32, 5)).astype("f4")
+    updates, _ = first_update(recipes["partly"], grads, params)
+    # Adam's first step goes by the sign: of the gradient, where replicas are free.
+    free, coupled = np.split(np.sign(updates) == -np.sign(grads), [8])
+    assert np.all(free)
+    assert not np.all(coupled)
+
+
 def test_early_stopping(recipes):
     stopped = recipes.after("Early stopping")
     assert 120 < stopped["num_steps"] < 1000
@@ -282,8 +337,8 @@ def test_curriculum(recipes):
     assert set(np.ravel(batches(3))) == set(np.ravel(batches(4)))
 
 
-def test_adabound_against_the_equations_and_at_the_limits_of_its_bounds(recipes):
-    adabound = recipes["adabound"]
+def test_adabound_against_the_equations_and_at_the_limits_of_its_bounds(advanced):
+    adabound = advanced["adabound"]
     grads = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
 
     def steps(tx):
@@ -310,8 +365,8 @@ def test_adabound_against_the_equations_and_at_the_limits_of_its_bounds(recipes)
     assert_close(like_sgd, steps(sgd), 1e-4, 1e-6)
 
 
-def test_sgdw_decays_behind_the_momentum(recipes, grads):
-    sgdw, link, params = recipes["sgdw"], recipes["link"], recipes["initial"]
+def test_sgdw_decays_behind_the_momentum(advanced, grads):
+    sgdw, link, params = advanced["sgdw"], advanced["link"], advanced["initial"]
     state, link_state, momentum = sgdw.init(params), link.init(params), 0.0
     update, pull = jax.jit(sgdw.update), jax.jit(link.update)
     for _ in range(3):
@@ -322,22 +377,22 @@ def test_sgdw_decays_behind_the_momentum(recipes, grads):
         assert_close(updates, expected, 1e-4, 1e-6)
 
 
-def test_each_replica_has_its_own_decay(recipes, grads):
-    searched, params = recipes["searched"], recipes["initial"]
+def test_each_replica_has_its_own_decay(advanced, grads):
+    searched, params = advanced["searched"], advanced["initial"]
     update = jax.jit(searched.update)
-    with_decay, _ = update(grads, recipes["searched_state"], params)
+    with_decay, _ = update(grads, advanced["searched_state"], params)
     without, _ = update(grads, searched.init(params), params)
-    expected = -recipes["decays"][:, None] * params
+    expected = -advanced["decays"][:, None] * params
     assert_close(with_decay - without, expected, 1e-2, 1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 30.0])
 @pytest.mark.parametrize("bad", [None, np.nan, -np.inf])
-def test_weights_by_loss(recipes, temperature, bad):
+def test_weights_by_loss(advanced, temperature, bad):
     values = np.array([3.0, 1.0, 2.0, 6.0], np.float32)
     if bad is not None:
         values[1] = bad
-    tx = recipes["weight_replicas"](temperature)
+    tx = advanced["weight_replicas"](temperature)
     grads = {"w": jnp.ones((4, 3))}
     updates, _ = first_update(tx, grads, values=jnp.asarray(values), other=1)
     finite = np.isfinite(values)
@@ -352,13 +407,13 @@ def test_weights_by_loss(recipes, temperature, bad):
 
 
 @pytest.mark.parametrize("trunk", ["dense", "attention"])
-def test_a_flax_module_as_trunk(recipes, trunk):
+def test_a_flax_module_as_trunk(advanced, trunk):
     import flax.linen as nn
 
     attention = trunk == "attention"
-    module = recipes["Attention"]() if attention else nn.Dense(5)
+    module = advanced["Attention"]() if attention else nn.Dense(5)
     params = make_params(8)
-    embedding = recipes["flax_embedding"](module, 8)
+    embedding = advanced["flax_embedding"](module, 8)
     phi = jax.jit(embedding.init)(jax.random.key(0), params)
     features = module.apply(phi.trunk, phi.table)
     output = embedding.apply(phi)
@@ -379,9 +434,9 @@ def test_a_flax_module_as_trunk(recipes, trunk):
         assert attention or not np.array_equal(old, new)
 
 
-def test_the_algorithm_written_out_is_that_of_the_package(recipes):
+def test_the_algorithm_written_out_is_that_of_the_package(advanced):
     """With the line search for the optimizer; and its step is that of the optimizer."""
-    (params, grads), embedding = make_both(), recipes["embedding"]
+    (params, grads), embedding = make_both(), advanced["embedding"]
     factor = 4.0 * spread(params) / rms(grads)
     target = jax.tree.map(lambda w, g: w - factor * g, params, grads)
 
@@ -391,7 +446,7 @@ def test_the_algorithm_written_out_is_that_of_the_package(recipes):
         output, pull_back = jax.vjp(embedding.apply, phi)
         (gradient,) = pull_back(optax.tree.sub(output, target))
         rate = line_search(embedding.apply, phi, gradient)
-        ours = recipes["projected"](optax.sgd(rate), embedding, 0.6)
+        ours = advanced["projected"](optax.sgd(rate), embedding, 0.6)
         theirs = pranam_optax.pranam(embedding, coupling=0.6)
         return [first_update(tx, grads, params) for tx in (ours, theirs)]
 
@@ -400,12 +455,12 @@ def test_the_algorithm_written_out_is_that_of_the_package(recipes):
     assert_close(phi, state.phi, 1e-4, 1e-5)
 
 
-def test_slope_and_curvature_against_the_full_hessian(recipes):
+def test_slope_and_curvature_against_the_full_hessian(advanced):
     def fun(params):
         return jnp.sum(jnp.tanh(params["w"]) ** 2) * params["b"] ** 2
 
     params = make_params()
-    slopes, curvatures = recipes["slope_and_curvature"](fun)(params)
+    slopes, curvatures = advanced["slope_and_curvature"](fun)(params)
     for r in range(6):
         flat, unflatten = jax.flatten_util.ravel_pytree(rows(params, r))
         loss = functools.partial(lambda u, v: fun(u(v)), unflatten)
@@ -418,18 +473,19 @@ def test_slope_and_curvature_against_the_full_hessian(recipes):
     ("activation", "slope"),
     [(jnp.tanh, lambda z: 1 - np.tanh(z) ** 2), (jax.nn.relu, lambda z: z > 0)],
 )
-def test_saturation(recipes, activation, slope):
+def test_saturation(advanced, activation, slope):
     inputs = 2 * np.random.default_rng(0).normal(size=(6, 50, 3)).astype("f4")
     flat = slope(inputs.astype(float)) < 0.2
-    actual = recipes["saturation"](activation, jnp.asarray(inputs), threshold=0.2)
+    actual = advanced["saturation"](activation, jnp.asarray(inputs), threshold=0.2)
     assert_close(actual, flat.mean(axis=(1, 2)), 1e-6)
 
 
 @pytest.mark.parametrize(
-    "name", ["noisy", "clipped", "bounded", "attended", "by_adam", 0, 1, 2]
+    "name", ["noisy", "clipped", "partly", "bounded", "attended", "by_adam", 0, 1, 2]
 )
-def test_recipes_in_the_chain(name, recipes, grads):
-    tx = recipes["scheduled"][name] if isinstance(name, int) else recipes[name]
+def test_recipes_in_the_chain(name, recipes, advanced, grads):
+    named = recipes.last | advanced.last
+    tx = named["scheduled"][name] if isinstance(name, int) else named[name]
 
     @jax.jit
     def two_steps(params):
