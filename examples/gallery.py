@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 from tables import write_rows
@@ -88,6 +89,11 @@ def animate(
     last.legend(fontsize=7, loc="upper right")
     now = last.axvline(0, color="grey", lw=0.8)
 
+    # One palette for all frames, so that only what moves is stored.
+    palette = Image.new("P", (1, 1))
+    colours = [str(i / 31) for i in range(32)] + [f"C{i}" for i in range(5)] + ["gold"]
+    palette.putpalette([round(255 * c) for name in colours for c in to_rgb(name)])
+
     num_steps = len(values) - 1
     # More frames where the replicas still move far.
     steps = (num_steps * np.linspace(0, 1, num_frames) ** 1.5).astype(int)
@@ -98,9 +104,6 @@ def animate(
         now.set_xdata([step, step])
         canvas.draw()
         frame = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-        palette = (
-            frames[0] if frames else frame.quantize(160, Image.Quantize.MAXCOVERAGE)
-        )
         frames.append(frame.quantize(palette=palette, dither=Image.Dither.NONE))
     return frames
 

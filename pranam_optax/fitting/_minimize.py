@@ -176,7 +176,7 @@ def minimize(
         function of a key that returns a random start (a callable pytree, such as an
         Equinox module, is params). Or None with finite bounds.
       key: seed or PRNG key of the starts and of the embedding.
-      num_replicas: R.
+      num_replicas: R, how many of them.
       num_steps: T, steps of the coupled phase.
       optimizer: what follows `pranam` in the chain, learning rate included, for
         coordinates of scale 1.
