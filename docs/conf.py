@@ -30,6 +30,7 @@ myst_heading_anchors = 4
 nb_execution_mode = "cache"  # a notebook runs again when its code has changed
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+nb_merge_streams = True
 
 default_role = "code"  # docstrings write `name` as Markdown does
 maximum_signature_line_length = 88
