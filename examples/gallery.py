@@ -113,16 +113,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("gallery"))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--instances", type=int, default=100)
-    parser.add_argument("--quick", action="store_true", help="few steps and frames")
+    parser.add_argument("--quick", action="store_true", help="one function, few frames")
     args = parser.parse_args()
-    num_frames = 60
+    families, num_frames = FAMILIES, 60
     if args.quick:
         args.steps, args.instances, num_frames = 10, 2, 2
+        families = {"Ackley": FAMILIES["Ackley"]}
 
     args.output.mkdir(parents=True, exist_ok=True)
     rows = []
     keys = jax.random.split(jax.random.key(0), args.instances)
-    for name, problem in FAMILIES.items():
+    for name, problem in families.items():
         paths, found = {}, []
         for label, width in WIDTHS.items():
             instances, values, places = jax.jit(
