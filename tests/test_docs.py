@@ -99,6 +99,36 @@ def test_readme():
     assert example["problem"].fun(example["best"]) < 0.01
 
 
+def test_getting_started():
+    try:
+        with jax.numpy_rank_promotion("allow"):  # the model is a user's
+            page = Page("docs/getting_started.md")
+        result = page["result"]
+        for name, true in page["truth"].items():
+            error = float(result.standard_errors[name])
+            assert abs(float(result.params[name]) - true) < 4 * error
+        assert page["budget"].value < 1e-3
+        assert page["problem"].fun(page["best"]) < 0.01
+    finally:
+        jax.config.update("jax_enable_x64", False)  # the page sets it, as users do
+
+
+def test_inside():
+    with jax.numpy_rank_promotion("allow"):
+        page = Page("docs/inside.md")
+        phi = page["state"].phi
+        distance = page["circle"](1.0).apply(phi) - phi["center"]
+    assert page["updates"].shape == (8, 5)
+    assert_close(np.linalg.norm(distance, axis=1), np.ones(8), 1e-5)
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs/api.md").read_text()
+    listed = set(re.findall(r"(?:\.\. auto\w+:: |## pranam_optax\.)(\w+)\n", page))
+    for module in (pranam_optax, pranam_optax.fitting):
+        assert {name for name in vars(module) if name[0] != "_"} <= listed
+
+
 def test_original():
     page = Page("docs/original.md")
     program = page.after("From the TensorFlow program to pranam_optax")

@@ -250,7 +250,7 @@ class FitResult:
 
     @property
     def bic(self) -> jax.Array:
-        """The Bayesian information criterion: as `aic`, with P log n for 2 P."""
+        """The Bayesian information criterion, as `aic` with P log n for 2 P."""
         return self._deviance + float(np.log(self._num_data)) * self._num_free
 
     @property

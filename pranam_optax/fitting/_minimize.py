@@ -156,7 +156,7 @@ def minimize(
     9 : 3 : 1, in the order of the best values that they have found so far: coupled runs
     as above, from `num_steps / 8` steps on, each twice as long as the one before, after
     which the differences between the replicas are added to the best points; populations
-    of CMA-ES [1]_, each twice as large; and L-BFGS from the lowest of random points.
+    of CMA-ES, each twice as large; and L-BFGS from the lowest of random points.
     The same key gives the same result, unless time decides.
 
     Without one, the whole run is one compiled program, cut into chunks for a callback
@@ -176,7 +176,7 @@ def minimize(
         function of a key that returns a random start (a callable pytree, such as an
         Equinox module, is params). Or None with finite bounds.
       key: seed or PRNG key of the starts and of the embedding.
-      num_replicas: R.
+      num_replicas: R, how many of them.
       num_steps: T, steps of the coupled phase.
       optimizer: what follows `pranam` in the chain, learning rate included, for
         coordinates of scale 1.
@@ -212,8 +212,8 @@ def minimize(
       TypeError: for params that are not real floats.
 
     References:
-      .. [1] N. Hansen, `The CMA evolution strategy: A tutorial
-        <https://arxiv.org/abs/1604.00772>`_, 2016.
+      N. Hansen, `The CMA evolution strategy: A tutorial
+      <https://arxiv.org/abs/1604.00772>`_, 2016.
 
     Examples:
       >>> import jax.numpy as jnp, pranam_optax

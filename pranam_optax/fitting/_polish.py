@@ -40,8 +40,8 @@ class Polished(NamedTuple):
     num_evaluations: jax.Array
 
 
-# polish(fun, residuals, params): the loss of one model; its residuals if it is a sum of
-# their squares, else None; stacked params. Equal ones are compiled once.
+#: `polish(fun, residuals, params)`: the loss of one model; its residuals if it is a sum
+#: of their squares, else None; stacked params. Equal ones are compiled once.
 Polish = Callable[[Function, Function | None, PyTree], Polished]
 
 
