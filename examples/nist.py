@@ -24,7 +24,7 @@ import scipy.optimize
 from tqdm import tqdm
 
 import pranam_optax
-from pranam_optax.fitting import FitResult, levenberg_marquardt
+from pranam_optax.fitting import FitResult, second_order
 
 QUICK = ("Misra1a",)
 WIDTH = 10.0
@@ -89,7 +89,7 @@ def study(
     options = {
         "num_replicas": args.replicas,
         "num_steps": args.steps,
-        "polish": levenberg_marquardt(args.polish_steps),
+        "polish": second_order(args.polish_steps),
     }
     begin = time.process_time()
     ours = fit_seeds(problem, args.seeds, **options)

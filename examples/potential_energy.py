@@ -26,7 +26,7 @@ from datasets import Source, find
 from tqdm import tqdm
 
 import pranam_optax
-from pranam_optax.fitting import FitResult, levenberg_marquardt
+from pranam_optax.fitting import FitResult, second_order
 
 FILES = {
     "h2plus_1ssg_0_0_1.dat": Source(
@@ -143,7 +143,7 @@ def study(fit: Fit, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
             key=key,
             num_replicas=args.replicas,
             num_steps=args.steps,
-            polish=levenberg_marquardt(args.polish_steps),
+            polish=second_order(args.polish_steps),
         )
 
     results = [run(jax.random.key(seed)) for seed in range(args.seeds)]
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--peer-seeds", type=int, default=3)
     parser.add_argument("--replicas", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--polish-steps", type=int, default=300)
+    parser.add_argument("--polish-steps", type=int, default=1000)
     parser.add_argument("--starts", type=int, default=500, help="of LM, pooled")
     parser.add_argument("--only", help="part of a fit's name")
     parser.add_argument("--quick", action="store_true", help="two small runs")

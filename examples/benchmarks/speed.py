@@ -1,5 +1,8 @@
 """What pranam costs: a training step and an update, against Adam alone.
 
+Beside them elastic averaging, a wrapper of Optax that users accept, and a floor: one
+copy of the params.
+
     python examples/benchmarks/speed.py
     python examples/benchmarks/speed.py --against ../before    # another checkout
     python examples/benchmarks/speed.py --quick
@@ -14,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from tqdm import tqdm
 
 import pranam_optax
@@ -97,7 +101,30 @@ QUICK: dict[str, Callable[[], Setting]] = {
     "function, 100-D, R = 8": lambda: function(100, 8),
 }
 ROWS = "step", "update"
-SIDES = "Adam", "pranam + Adam"
+
+
+def pranam_adam() -> Any:
+    release = optax.linear_schedule(1.0, 0.0, 1000)
+    return optax.chain(pranam_optax.pranam(coupling=release), optax.adam(1e-3))
+
+
+def elastic_adam() -> Any:
+    return optax.chain(optax.adam(1e-3), pranam_optax.elastic_averaging(0.1))
+
+
+def schedule_free_adam() -> Any:
+    return optax.contrib.schedule_free_adamw(1e-3)
+
+
+SIDES: dict[str, Callable[[], Any]] = {
+    "Adam": lambda: optax.adam(1e-3),
+    "pranam + Adam": pranam_adam,
+    "elastic": elastic_adam,
+    "schedule-free": schedule_free_adam,
+    "copy": optax.identity,
+}
+# Those that are compared with an older checkout.
+OLD_SIDES = "Adam", "pranam + Adam"
 
 
 def nbytes(tree: Any) -> int:
@@ -117,13 +144,12 @@ class Program:
 
     def __init__(self, setting: str, row: str, side: str) -> None:
         made, grads = prepare(setting)
-        tx: Any = optax.adam(1e-3)
-        if side != "Adam":
-            release = optax.linear_schedule(1.0, 0.0, 1000)
-            tx = optax.chain(pranam_optax.pranam(coupling=release), tx)
+        tx = SIDES[side]()
         grad_fn = pranam_optax.replica_value_and_grad(made.loss)
 
         def update(params: Any, state: Any, grads: Any) -> Any:
+            if side == "copy":
+                return jax.tree.map(lambda x: 1.001 * x, params), state
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
@@ -213,12 +239,17 @@ Facts = dict[str, Any]
 
 
 def measure(
-    workers: Sequence[Worker], setting: str, row: str, seconds: float, compilations: int
+    workers: Sequence[Worker],
+    sides: Iterable[str],
+    setting: str,
+    row: str,
+    seconds: float,
+    compilations: int,
 ) -> list[dict[str, Facts]]:
-    """What is known of both sides, of each worker; all of them take turns."""
+    """What is known of all sides, of each worker; all of them take turns."""
     found: list[dict[str, Facts]] = [{} for _ in workers]
     turns = [
-        (w, f, side) for w, f in zip(workers, found, strict=True) for side in SIDES
+        (w, f, side) for w, f in zip(workers, found, strict=True) for side in sides
     ]
     for _ in range(compilations):
         for worker, facts, side in turns:
@@ -235,9 +266,9 @@ def measure(
 
 
 HEADER = (
-    "| setting | | Adam | pranam + Adam | ratio | flops | bytes "
-    "| temporary memory / params | state of pranam / params | compile time |\n"
-    "| --- |" + " --- |" * 9
+    "| setting | | Adam | pranam + Adam | ratio | elastic | schedule-free | copy "
+    "| flops | bytes | temporary memory / params | state of pranam / params "
+    "| compile time |\n| --- |" + " --- |" * 12
 )
 HEADER_AGAINST = (
     "| setting | | before | after | ratio | compile time before | after | ratio "
@@ -246,15 +277,17 @@ HEADER_AGAINST = (
 
 
 def line(setting: str, row: str, facts: dict[str, Facts]) -> str:
-    adam, ours = (facts[side] for side in SIDES)
+    adam, ours = (facts[side] for side in OLD_SIDES)
     held = ours["params"]
 
-    def ratio(name: str) -> str:
-        return f"{ours[name] / adam[name]:.2f}"
+    def ratio(name: str, side: str = "pranam + Adam") -> str:
+        return f"{facts[side][name] / adam[name]:.2f}"
 
     return (
         f"| {setting} | {row} | {adam['time'] * 1e3:.2f} ms "
         f"| {ours['time'] * 1e3:.2f} ms | {ratio('time')} "
+        f"| {ratio('time', 'elastic')} | {ratio('time', 'schedule-free')} "
+        f"| {ratio('time', 'copy')} "
         f"| {ratio('flops')} | {ratio('bytes')} "
         f"| {adam['temporary'] / held:.2f}, {ours['temporary'] / held:.2f} "
         f"| {(ours['state'] - adam['state']) / held:.3f} | {ratio('compile')} |"
@@ -262,7 +295,7 @@ def line(setting: str, row: str, facts: dict[str, Facts]) -> str:
 
 
 def line_against(setting: str, row: str, found: Sequence[dict[str, Facts]]) -> str:
-    (adam, old), (same, new) = ([facts[side] for side in SIDES] for facts in found)
+    (adam, old), (same, new) = ([facts[side] for side in OLD_SIDES] for facts in found)
     return (
         f"| {setting} | {row} | {old['time'] * 1e3:.2f} ms "
         f"| {new['time'] * 1e3:.2f} ms | {new['time'] / old['time']:.2f} "
@@ -286,13 +319,16 @@ def main() -> None:
     settings = args.settings or list(QUICK if args.quick else SETTINGS)
     if args.quick:
         args.seconds, args.compilations = 0.2, 1
+    sides = OLD_SIDES if args.against else tuple(SIDES)
     checkouts = [HERE] if args.against is None else [args.against.resolve(), HERE]
     workers = [Worker(checkout) for checkout in checkouts]
     print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)")
     lines = [HEADER_AGAINST if args.against else HEADER]
     for setting in tqdm(settings, unit="setting"):
         for row in ROWS:
-            found = measure(workers, setting, row, args.seconds, args.compilations)
+            found = measure(
+                workers, sides, setting, row, args.seconds, args.compilations
+            )
             if args.against:
                 lines.append(line_against(setting, row, found))
             else:
@@ -300,7 +336,8 @@ def main() -> None:
     for worker in workers:
         worker.close()
     print(
-        "\nColumns from flops on are ratios of pranam + Adam to Adam, if not said."
+        "\nElastic averaging, schedule-free Adam and a copy of the params: ratios of "
+        "times to Adam's. Columns from flops on: of pranam + Adam to Adam, if not said."
         if not args.against
         else ""
     )
