@@ -240,6 +240,7 @@ def _step(
     )
 
 
+@jax.named_scope("projection_step")
 def projection_step(
     embedding: Embedding, phi: PyTree, target: PyTree, living: jax.Array
 ) -> PyTree:

@@ -56,6 +56,7 @@ def replicate(
     return jax.vmap(init_fn)(jax.random.split(as_key(key), num_replicas))
 
 
+@jax.named_scope("alive")
 def alive(params: PyTree, grads: PyTree = None, values: Any = None) -> jax.Array:
     """Which replicas take part, `[R]`: the one definition of *alive*.
 

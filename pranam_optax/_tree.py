@@ -232,6 +232,7 @@ def largest_entry(tree: PyTree, living: jax.Array | None = None) -> jax.Array:
     return jax.lax.stop_gradient(unit)
 
 
+@jax.named_scope("rms")
 def rms(tree: PyTree, living: jax.Array) -> jax.Array:
     """Root mean square over the living replicas; the others may hold anything."""
     size = sum(x.size for x in jax.tree.leaves(tree)) // len(living)

@@ -14,8 +14,10 @@ least of many. Ratios are what carries over to other machines.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -101,6 +103,8 @@ QUICK: dict[str, Callable[[], Setting]] = {
     "function, 100-D, R = 8": lambda: function(100, 8),
 }
 ROWS = "step", "update"
+# Of an update, by the names of its scopes.
+PARTS = "alive", "rms", "projection_step"
 
 
 def pranam_adam() -> Any:
@@ -165,6 +169,9 @@ class Program:
         start = time.perf_counter()
         jitted = jax.jit(fun, donate_argnums=(0, 1))
         self._compiled = jitted.lower(*self._held, self._rest).compile()
+        # Of each kernel, the scope of the operation that it computes.
+        kernel = re.compile(r'%(\S+) = .*op_name="([^"]*)"')
+        self.scopes = dict(kernel.findall(self._compiled.as_text() or ""))
         cost: Any = self._compiled.cost_analysis()
         memory: Any = self._compiled.memory_analysis()
         self.facts = {
@@ -265,6 +272,35 @@ def measure(
     return found
 
 
+def profile(setting: str, side: str, num_runs: int = 20) -> dict[str, float]:
+    """Milliseconds of the kernels of an update, by its parts."""
+    # A program out of the cache may have the names of another one.
+    jax.config.update("jax_enable_compilation_cache", False)
+    program = Program(setting, "update", side)
+    program.run()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(num_runs):
+                program.run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+    parts = dict.fromkeys((*PARTS, ""), 0.0)
+    for event in (e for plane in data.planes for x in plane.lines for e in x.events):
+        kernel = dict(event.stats).get("hlo_op")
+        scope = program.scopes.get(str(kernel), "")
+        part = next((p for p in PARTS if f"/{p}/" in scope), "")
+        parts[part] += event.duration_ns / num_runs / 1e6 if kernel else 0.0
+    return parts
+
+
+def profile_line(setting: str) -> str:
+    adam = sum(profile(setting, "Adam").values())
+    parts = profile(setting, "pranam + Adam")
+    parts[""] -= adam
+    times = " | ".join(f"{ms:.2f} ms" for ms in (adam, *parts.values()))
+    return f"| {setting} | {times} |"
+
+
 HEADER = (
     "| setting | | Adam | pranam + Adam | ratio | elastic | schedule-free | copy "
     "| flops | bytes | temporary memory / params | state of pranam / params "
@@ -310,6 +346,9 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", help="their names; default all")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each line")
     parser.add_argument("--compilations", type=int, default=3, help="of each program")
+    parser.add_argument(
+        "--profile", action="store_true", help="an update, by its parts"
+    )
     parser.add_argument("--quick", action="store_true", help="small, to try the code")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -320,6 +359,12 @@ def main() -> None:
     if args.quick:
         args.seconds, args.compilations = 0.2, 1
     sides = OLD_SIDES if args.against else tuple(SIDES)
+    if args.profile:
+        names = "Adam", *PARTS, "the rest: masks, T, P and U"
+        print(f"| setting | {' | '.join(names)} |\n| --- |" + " --- |" * len(names))
+        for setting in settings:
+            print(profile_line(setting), flush=True)
+        return
     checkouts = [HERE] if args.against is None else [args.against.resolve(), HERE]
     workers = [Worker(checkout) for checkout in checkouts]
     print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)")
