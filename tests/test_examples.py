@@ -35,7 +35,7 @@ def test_quickstart_gives_all_methods_the_same_problem_and_replicas(optax_promot
         return run(np.array([0]), np.array([0.1], "f"))[1][0]
 
     adam, ours = losses("Adam"), losses("pranam + Adam")
-    assert_equal(adam[0], ours[0])
+    assert_close(adam[0], ours[0], 1e-6)  # two programs may round differently
     assert not np.array_equal(adam[1], ours[1])
 
 

@@ -27,8 +27,9 @@ _FEW, _MANY, _BEST = 100, 1000, 8
 # Steps of Levenberg-Marquardt for all replicas: those that are refined together wait
 # for the slowest.
 _FIRST = 30
-# How many steps others than that of small models may take, of its number.
-_LBFGS_SHARE, _LARGE_SHARE = 0.5, 0.2
+# Up to so many params Levenberg-Marquardt takes all of its steps, and beyond, where each
+# costs more, at least this share of them. L-BFGS takes another share.
+_SMALL, _LEAST_SHARE, _LBFGS_SHARE = 20, 0.2, 0.5
 # Numbers in the Jacobians of the replicas that are refined together.
 _JACOBIANS = 50_000_000
 
@@ -55,9 +56,9 @@ def second_order(max_steps: int = 1000) -> Polish:
     only be differentiated in reverse, there is L-BFGS alone.
 
     Args:
-      max_steps: maximum number of steps of Levenberg-Marquardt up to 100 params, and
-        a fifth of that beyond. L-BFGS may take half as many trial steps, each an
-        evaluation.
+      max_steps: maximum number of steps of Levenberg-Marquardt up to 20 params; with
+        more, in inverse proportion to them, down to a fifth. L-BFGS may take half as
+        many trial steps, each an evaluation.
     """
     return _SecondOrder(max_steps)
 
@@ -148,10 +149,9 @@ def settle(polish: Polish, residuals: Function | None, params: PyTree) -> Polish
     descent = _LBFGS(math.ceil(_LBFGS_SHARE * steps))
     if residuals is None or size > _MANY or only_in_reverse(residuals):
         return descent
-    first: Polish = _LevenbergMarquardt(min(_FIRST, steps))
-    if size > _FEW:
-        first, steps = descent, math.ceil(_LARGE_SHARE * steps)
-    return _Staged(((first, None), (_LevenbergMarquardt(steps), _BEST)))
+    first = descent if size > _FEW else _LevenbergMarquardt(min(_FIRST, steps))
+    last = math.ceil(steps * min(1, max(_SMALL / size, _LEAST_SHARE)))
+    return _Staged(((first, None), (_LevenbergMarquardt(last), _BEST)))
 
 
 class _LBFGS(_Polish):
