@@ -27,7 +27,7 @@ _FEW, _MANY, _BEST = 100, 1000, 8
 # Steps of Levenberg-Marquardt for all replicas: those that are refined together wait
 # for the slowest.
 _FIRST = 30
-# Up to so many params Levenberg-Marquardt takes all of its steps, and beyond, where each
+# Up to so many params Levenberg-Marquardt takes all of its steps; beyond, where each
 # costs more, at least this share of them. L-BFGS takes another share.
 _SMALL, _LEAST_SHARE, _LBFGS_SHARE = 20, 0.2, 0.5
 # Numbers in the Jacobians of the replicas that are refined together.
@@ -150,7 +150,7 @@ def settle(polish: Polish, residuals: Function | None, params: PyTree) -> Polish
     if residuals is None or size > _MANY or only_in_reverse(residuals):
         return descent
     first = descent if size > _FEW else _LevenbergMarquardt(min(_FIRST, steps))
-    last = math.ceil(steps * min(1, max(_SMALL / size, _LEAST_SHARE)))
+    last = math.ceil(steps * min(1, max(_SMALL / max(size, 1), _LEAST_SHARE)))
     return _Staged(((first, None), (_LevenbergMarquardt(last), _BEST)))
 
 
