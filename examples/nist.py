@@ -24,7 +24,7 @@ import scipy.optimize
 from tqdm import tqdm
 
 import pranam_optax
-from pranam_optax.fitting import FitResult, second_order
+from pranam_optax.fitting import FitResult, levenberg_marquardt, second_order
 
 QUICK = ("Misra1a",)
 WIDTH = 10.0
@@ -89,7 +89,9 @@ def study(
     options = {
         "num_replicas": args.replicas,
         "num_steps": args.steps,
-        "polish": second_order(args.polish_steps),
+        "polish": (second_order if args.best else levenberg_marquardt)(
+            args.polish_steps
+        ),
     }
     begin = time.process_time()
     ours = fit_seeds(problem, args.seeds, **options)
@@ -188,6 +190,9 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--polish-steps", type=int, default=1000)
+    parser.add_argument(
+        "--best", action="store_true", help="refine the best eight only"
+    )
     parser.add_argument("--starts", type=int, default=1000, help="of LM, pooled")
     parser.add_argument("--control", action="store_true", help="also without coupling")
     parser.add_argument("--quick", action="store_true", help="one problem, 2 seeds")
