@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 from jax.tree_util import Partial
 
 from pranam_optax._tree import PyTree
@@ -489,6 +488,8 @@ class FitResult:
 
     def _quantile(self, level: float) -> float:
         """How many standard errors the two-sided interval of this level reaches."""
+        import scipy.special  # not before it is needed: it is slow to import
+
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, got {level!r}")
         if self.covariance is None:
