@@ -17,6 +17,7 @@ from pranam_optax._tree import (
     check_count,
     check_replicas,
     check_same,
+    combine,
     compute_dtype,
     deviations,
     divide,
@@ -24,6 +25,7 @@ from pranam_optax._tree import (
     largest_entry,
     leaves_of,
     mask_replicas,
+    product,
     replica_mean,
     safe_sqrt,
     squared_norms,
@@ -290,7 +292,7 @@ def make_factors(
             return jnp.ones_like(phi.table), heads, None
         features = phi.table
         for layer, activation in zip(phi.trunk, activations, strict=True):
-            features = _matmul(features, layer.kernel)
+            features = product(features, layer.kernel)
             if layer.bias is not None:
                 features = features + layer.bias[None]
             features = activation(features)
@@ -309,10 +311,10 @@ def multiply(features: jax.Array, heads: PyTree, bias: PyTree = None) -> PyTree:
 
 @jax.custom_jvp
 def _product(features: jax.Array, head: jax.Array) -> jax.Array:
-    """`_matmul`; if narrow as a sum of outer products, which fuses with its reader."""
+    """`product`; if narrow as a sum of outer products, which fuses with its reader."""
     width = features.shape[1]
     if width > _MAX_FUSED:
-        return _matmul(features, head)
+        return product(features, head)
     terms = [times(features[:, i], head[i][None]) for i in range(width)]
     return functools.reduce(jnp.add, terms)
 
@@ -321,19 +323,12 @@ def _product(features: jax.Array, head: jax.Array) -> jax.Array:
 def _product_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     # Matrix products, since a gradient transposes them.
     (features, head), (d_features, d_head) = primals, tangents
-    tangent = _matmul(d_features, head) + _matmul(features, d_head)
+    tangent = product(d_features, head) + product(features, d_head)
     return _product(features, head), tangent
 
 
 def _flatten(tree: PyTree) -> tuple[list[jax.Array], Any]:
     return jax.tree.flatten(tree)  # whose structure has no type
-
-
-def _matmul(features: jax.Array, kernel: jax.Array) -> jax.Array:
-    # The pull W - f(phi) is a small difference of large numbers, which the reduced
-    # precision that accelerators use by default would drown.
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.tensordot(features.astype(kernel.dtype), kernel, 1, precision=highest)
 
 
 def draw(
@@ -398,7 +393,7 @@ def _principal_directions(
     num_replicas, eps = len(products), jnp.finfo(products.dtype).eps
     vectors = _leading_eigenvectors(products, min(width, num_replicas))
     vectors = jnp.pad(vectors, ((0, 0), (0, width - vectors.shape[1])))
-    projections = jax.tree.map(lambda x: _matmul(vectors.T, x), tree)
+    projections = combine(vectors, tree)
     norms = safe_sqrt(squared_norms(divide(projections, unit)))
     rounding = 4 * num_replicas * eps * jnp.sqrt(jnp.trace(products))
     return vectors, projections, unit * jnp.where(norms > rounding, norms, 0.0)
@@ -415,9 +410,9 @@ def _leading_eigenvectors(products: jax.Array, width: int) -> jax.Array:
         return jnp.linalg.eigh(products)[1][:, ::-1][:, :width]
     basis = jax.random.normal(jax.random.key(0), (size, width + 8), products.dtype)
     for _ in range(3):
-        basis = jnp.linalg.qr(_matmul(products, basis))[0]
-    small = _matmul(basis.T, _matmul(products, basis))
-    return _matmul(basis, jnp.linalg.eigh(small)[1][:, ::-1][:, :width])
+        basis = jnp.linalg.qr(product(products, basis))[0]
+    small = product(basis.T, product(products, basis))
+    return product(basis, jnp.linalg.eigh(small)[1][:, ::-1][:, :width])
 
 
 def _fit_linear(phi: MLPParams, weights: PyTree, living: jax.Array) -> MLPParams:

@@ -249,12 +249,12 @@ def projection_step(
     The line search is exact on the linearised embedding:
     :math:`\alpha = \|\nabla \ell\|^2 / \|J_f \nabla \ell\|^2`.
     """
-
-    def loss(phi: PyTree) -> jax.Array:
-        residual = mask_replicas(living, subtract(embedding.apply(phi), target))
-        return 0.5 * sum_of_squares(residual)
-
     if embedding.factors is None:
+
+        def loss(phi: PyTree) -> jax.Array:
+            residual = mask_replicas(living, subtract(embedding.apply(phi), target))
+            return 0.5 * sum_of_squares(residual)
+
         gradient = jax.grad(loss)(phi)
     else:
         gradient = _factored_gradient(embedding.factors, phi, target, living)
@@ -281,8 +281,8 @@ def _factored_gradient(
     if bias is not None:
         target = away_from(bias, target)
         left = jnp.concatenate([a, living[:, None].astype(a.dtype)], axis=1)
-    products = a @ gram(b).astype(a.dtype) - inner(target, b).astype(a.dtype)
-    rows = subtract(multiply(left.T @ a, b), combine(left, target))
+    products = inner(a, gram(b)) - inner(target, b).astype(a.dtype)
+    rows = subtract(multiply(inner(left.T, a.T), b), combine(left, target))
     return pull_back(
         (
             mask_replicas(living, products),
@@ -308,7 +308,7 @@ def _squared_slope(
     # Those of two different terms occur twice.
     pairs = itertools.combinations_with_replacement(enumerate(terms), 2)
     products = [
-        (1 + (i != j)) * jnp.sum((x.T @ y) * inner(u, v).astype(x.dtype))
+        (1 + (i != j)) * jnp.sum(inner(x.T, y.T) * inner(u, v).astype(x.dtype))
         for (i, (x, u)), (j, (y, v)) in pairs
     ]
     return jnp.sum(jnp.stack(products))

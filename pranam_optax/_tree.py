@@ -270,7 +270,7 @@ def deviations(tree: PyTree, living: jax.Array, mean: PyTree = None) -> PyTree:
 
 def away_from(mean: PyTree, tree: PyTree) -> PyTree:
     """All replicas' distances from one model's params."""
-    return jax.tree.map(lambda x, m: x - m[None], tree, mean)
+    return jax.tree.map(lambda x, m: x - m[None].astype(x.dtype), tree, mean)
 
 
 def inner(x: PyTree, y: PyTree) -> jax.Array:
@@ -291,8 +291,14 @@ def gram(tree: PyTree) -> jax.Array:
 
 def combine(features: jax.Array, tree: PyTree) -> PyTree:
     """Features, `[R, H]`, transposed, times a tree with R rows: one with H rows."""
+    return jax.tree.map(lambda x: product(features.T, x), tree)
+
+
+def product(features: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Features times a leaf, in its dtype and in full precision.
+
+    The pull W - f(phi) is a small difference of large numbers, which the reduced
+    precision that accelerators use by default would drown.
+    """
     highest = jax.lax.Precision.HIGHEST
-    return jax.tree.map(
-        lambda x: jnp.tensordot(features.T.astype(x.dtype), x, 1, precision=highest),
-        tree,
-    )
+    return jnp.tensordot(features.astype(kernel.dtype), kernel, 1, precision=highest)

@@ -30,12 +30,13 @@ def test_quickstart_gives_all_methods_the_same_problem_and_replicas(optax_promot
     )
     problem, methods = quickstart.make_problems(2)["Ackley"], quickstart.make_methods(3)
 
-    def losses(method):  # [step, replica]
+    def run(method):  # losses, [step, replica], and where they were
         run = quickstart.make_run(problem, methods[method], setting)
-        return run(np.array([0]), np.array([0.1], "f"))[1][0]
+        return [x[0] for x in run(np.array([0]), np.array([0.1], "f"))[1:]]
 
-    adam, ours = losses("Adam"), losses("pranam + Adam")
-    assert_close(adam[0], ours[0], 1e-6)  # two programs may round differently
+    (adam, start), (ours, our_start) = run("Adam"), run("pranam + Adam")
+    assert_equal(start[0], our_start[0])  # bit for bit
+    assert_close(adam[0], ours[0], 1e-6)  # two programs round differently
     assert not np.array_equal(adam[1], ours[1])
 
 

@@ -128,7 +128,7 @@ SIDES: dict[str, Callable[[], Any]] = {
     "copy": optax.identity,
 }
 # Those that are compared with an older checkout.
-OLD_SIDES = "Adam", "pranam + Adam"
+COMPARED = "Adam", "pranam + Adam"
 
 
 def nbytes(tree: Any) -> int:
@@ -169,9 +169,6 @@ class Program:
         start = time.perf_counter()
         jitted = jax.jit(fun, donate_argnums=(0, 1))
         self._compiled = jitted.lower(*self._held, self._rest).compile()
-        # Of each kernel, the scope of the operation that it computes.
-        kernel = re.compile(r'%(\S+) = .*op_name="([^"]*)"')
-        self.scopes = dict(kernel.findall(self._compiled.as_text() or ""))
         cost: Any = self._compiled.cost_analysis()
         memory: Any = self._compiled.memory_analysis()
         self.facts = {
@@ -182,6 +179,11 @@ class Program:
             "state": nbytes(self._held[1]),
             "params": nbytes(made.params),
         }
+
+    def scopes(self) -> dict[str, str]:
+        """Of each kernel, the scope of the operation that it computes."""
+        text = self._compiled.as_text() or ""
+        return dict(re.findall(r'%(\S+) = .*op_name="([^"]*)"', text))
 
     def run(self) -> float:
         """Seconds of one run."""
@@ -278,6 +280,7 @@ def profile(setting: str, side: str, num_runs: int = 20) -> dict[str, float]:
     jax.config.update("jax_enable_compilation_cache", False)
     program = Program(setting, "update", side)
     program.run()
+    scopes = program.scopes()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(num_runs):
@@ -287,7 +290,7 @@ def profile(setting: str, side: str, num_runs: int = 20) -> dict[str, float]:
     parts = dict.fromkeys((*PARTS, ""), 0.0)
     for event in (e for plane in data.planes for x in plane.lines for e in x.events):
         kernel = dict(event.stats).get("hlo_op")
-        scope = program.scopes.get(str(kernel), "")
+        scope = scopes.get(str(kernel), "")
         part = next((p for p in PARTS if f"/{p}/" in scope), "")
         parts[part] += event.duration_ns / num_runs / 1e6 if kernel else 0.0
     return parts
@@ -313,7 +316,7 @@ HEADER_AGAINST = (
 
 
 def line(setting: str, row: str, facts: dict[str, Facts]) -> str:
-    adam, ours = (facts[side] for side in OLD_SIDES)
+    adam, ours = (facts[side] for side in COMPARED)
     held = ours["params"]
 
     def ratio(name: str, side: str = "pranam + Adam") -> str:
@@ -331,7 +334,7 @@ def line(setting: str, row: str, facts: dict[str, Facts]) -> str:
 
 
 def line_against(setting: str, row: str, found: Sequence[dict[str, Facts]]) -> str:
-    (adam, old), (same, new) = ([facts[side] for side in OLD_SIDES] for facts in found)
+    (adam, old), (same, new) = ([facts[side] for side in COMPARED] for facts in found)
     return (
         f"| {setting} | {row} | {old['time'] * 1e3:.2f} ms "
         f"| {new['time'] * 1e3:.2f} ms | {new['time'] / old['time']:.2f} "
@@ -358,7 +361,7 @@ def main() -> None:
     settings = args.settings or list(QUICK if args.quick else SETTINGS)
     if args.quick:
         args.seconds, args.compilations = 0.2, 1
-    sides = OLD_SIDES if args.against else tuple(SIDES)
+    sides = COMPARED if args.against else tuple(SIDES)
     if args.profile:
         names = "Adam", *PARTS, "the rest: masks, T, P and U"
         print(f"| setting | {' | '.join(names)} |\n| --- |" + " --- |" * len(names))
