@@ -130,8 +130,8 @@ def _release(count: jax.Array, end: jax.Array) -> jax.Array:
 def _adam(num_replicas: int, num_steps: int) -> optax.GradientTransformation:
     """Adam with another rate for each replica."""
     low, high = _RATES
-    place = (jnp.arange(num_replicas, dtype=float) + 0.5) / num_replicas
-    rates = low * (high / low) ** place
+    place = (np.arange(num_replicas) + 0.5) / num_replicas
+    rates = jnp.asarray(low * (high / low) ** place, working_dtype())
     return optax.chain(
         optax.scale_by_adam(),
         optax.stateless(lambda updates, _: scale(rates, updates)),

@@ -1,6 +1,7 @@
 """Data that `fit` takes: arrays, lists, pandas and xarray; checked, as JAX arrays."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,8 +69,8 @@ def check_data(
                 f"x{keystr(path)} has shape {leaf.shape} and y has shape {y.shape}; "
                 "expected the same length along axis 0"
             )
-        _check_entries(~jnp.isnan(leaf), f"x{keystr(path)}", "must not be NaN")
-    _check_entries(jnp.isfinite(y), "y", "must be finite")
+        _check_entries(leaf, lambda x: ~np.isnan(x), f"x{keystr(path)} must not be NaN")
+    _check_entries(y, np.isfinite, "y must be finite")
     if sigma is None:
         return x, y, None
     if not isinstance(sigma, jax.Array):
@@ -79,7 +80,7 @@ def check_data(
         raise ValueError(
             f"sigma has shape {sigma.shape}, which does not broadcast to y's {y.shape}"
         )
-    _check_entries(jnp.isfinite(sigma), "sigma", "must be finite")
+    _check_entries(sigma, np.isfinite, "sigma must be finite")
     if not is_traced(sigma) and not bool(jnp.all(sigma > 0)):
         raise ValueError(
             f"sigma must be positive, but its least entry is {float(sigma.min())}"
@@ -108,11 +109,12 @@ def _to_array(x: Any, name: str) -> jax.Array:
     return jnp.asarray(array)
 
 
-def _check_entries(good: jax.Array, name: str, rule: str) -> None:
-    if is_traced(good) or bool(jnp.all(good)):
+def _check_entries(x: jax.Array, are_good: Callable[[Any], Any], rule: str) -> None:
+    # In NumPy: there is nothing to compile.
+    if is_traced(x) or np.all(good := are_good(np.asarray(x))):
         return
-    bad = np.argwhere(~np.asarray(good))
+    bad = np.argwhere(~good)
     raise ValueError(
-        f"{name} {rule}, but {len(bad)} of its {good.size} entries are not; the first "
+        f"{rule}, but {len(bad)} of its {good.size} entries are not; the first "
         f"at index {tuple(bad[0].tolist())}"
     )

@@ -162,7 +162,7 @@ def fit(
         key,
     )
     groups = make_exchangeable(exchangeable, starts.box)
-    unit = spread(y if sigma is None else y / sigma)
+    unit = call(spread, y if sigma is None else y / sigma)
 
     def predict(params: PyTree) -> jax.Array:
         return model(constraints.complete(params), x)

@@ -423,6 +423,8 @@ def _explore(
                 advance, problem.fun, method, start.coordinates, carry, empty, num
             )
             history.append(values[:num])
+            if not watched:
+                continue
             best = carry.best_values * problem.unit
             if bar is not None:
                 bar.update(num)
@@ -442,7 +444,7 @@ def _refine(
         return None
     found = unrefined(jax.tree.map(_join, carry.best_z, start.z))
     polish = settle(options.polish, problem.residuals, start.coordinates.scale)
-    for stage, num in stages(polish):
+    for stage, num in stages(polish) if options.progress else ((polish, None),):
         order = jnp.argsort(found[1])[:num]
         parts = min(_NUM_CHUNKS, len(order)) if options.progress else 1
         with _progress_bar(options.progress, len(order), "polish") as bar:

@@ -1,6 +1,7 @@
 """Second-order refinement of replicas, each on its own, after the coupled phase."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,14 +25,14 @@ _ARMIJO, _WOLFE = 1e-4, 0.9
 _MEMORY = 100_000
 # Up to so many params Levenberg-Marquardt refines all replicas, up to so many the best.
 _FEW, _MANY, _BEST = 100, 1000, 8
-# Steps of Levenberg-Marquardt for all replicas: those that are refined together wait
-# for the slowest.
+# Steps of Levenberg-Marquardt for all replicas, before the best go on.
 _FIRST = 30
 # Up to so many params Levenberg-Marquardt takes all of its steps; beyond, where each
 # costs more, at least this share of them. L-BFGS takes another share.
 _SMALL, _LEAST_SHARE, _LBFGS_SHARE = 20, 0.2, 0.5
-# Numbers in the Jacobians of the replicas that are refined together.
-_JACOBIANS = 50_000_000
+# Replicas that are refined together on a CPU, where they wait for the slowest; and
+# numbers in their Jacobians.
+_TOGETHER, _JACOBIANS = 8, 50_000_000
 
 
 class Polished(NamedTuple):
@@ -138,6 +139,11 @@ def refine_some(
 
 def stages(polish: Polish) -> tuple[tuple[Polish, int | None], ...]:
     """Refinements, one after the other, and how many of the lowest each takes."""
+    if isinstance(polish, _LevenbergMarquardt) and polish.first_steps is not None:
+        first, last = (
+            _LevenbergMarquardt(n) for n in (polish.first_steps, polish.max_steps)
+        )
+        return (first, None), (last, _BEST)
     return polish.parts if isinstance(polish, _Staged) else ((polish, None),)
 
 
@@ -149,9 +155,10 @@ def settle(polish: Polish, residuals: Function | None, params: PyTree) -> Polish
     descent = _LBFGS(math.ceil(_LBFGS_SHARE * steps))
     if residuals is None or size > _MANY or only_in_reverse(residuals):
         return descent
-    first = descent if size > _FEW else _LevenbergMarquardt(min(_FIRST, steps))
     last = math.ceil(steps * min(1, max(_SMALL / max(size, 1), _LEAST_SHARE)))
-    return _Staged(((first, None), (_LevenbergMarquardt(last), _BEST)))
+    if size > _FEW:
+        return _Staged(((descent, None), (_LevenbergMarquardt(last), _BEST)))
+    return _LevenbergMarquardt(last, min(_FIRST, steps))
 
 
 class _LBFGS(_Polish):
@@ -328,40 +335,82 @@ def power_of_two(x: jax.Array) -> jax.Array:
     return jnp.ldexp(jnp.ones_like(x), jnp.frexp(x)[1])
 
 
+@dataclasses.dataclass(frozen=True)
 class _LevenbergMarquardt(_Polish):
+    """Of all replicas; or `first_steps` of all, after which the best go on."""
+
+    first_steps: int | None = None
+
     def __call__(
         self, fun: Function, residuals: Function | None, params: PyTree
     ) -> Polished:
-        import lineax
-        import optimistix
+        rank = jnp.arange(len(jax.tree.leaves(params)[0]))
+        limits = jnp.full_like(rank, self.max_steps)[None]
+        if self.first_steps is not None:
+            last = jnp.where(rank < _BEST, self.max_steps, 0)
+            limits = jnp.stack([jnp.full_like(rank, self.first_steps), last])
 
-        assert residuals is not None
-        eps = float(jnp.finfo(jax.tree.leaves(params)[0].dtype).eps)
-        # Cholesky of the damped normal equations: several times faster in a batch than
-        # the default QR, and the damping makes up for what it loses.
-        solver: Any = optimistix.LevenbergMarquardt(
-            rtol=eps**0.75,
-            atol=eps**0.9,
-            linear_solver=lineax.Normal(lineax.Cholesky()),
+        # A loop, since a program for each number of steps would be compiled on its own.
+        def turn(found: Any, limits: jax.Array) -> tuple[Any, None]:
+            polish = functools.partial(_damped, limits=limits)
+            lowest_first = jnp.argsort(found[1])
+            return refine_some(polish, fun, residuals, found, lowest_first), None
+
+        return jax.lax.scan(turn, unrefined(params), limits)[0][0]
+
+
+def _damped(
+    fun: Function, residuals: Function | None, params: PyTree, limits: jax.Array
+) -> Polished:
+    """Levenberg-Marquardt for at most so many steps of each replica."""
+    import optimistix
+
+    assert residuals is not None
+    solver = _levenberg_marquardt(jax.tree.leaves(params)[0].dtype)
+
+    def refine(row: tuple[PyTree, jax.Array]) -> Polished:
+        params, limit = row
+        solution: Any = optimistix.least_squares(
+            lambda params, _: residuals(params),
+            solver,
+            params,
+            options={"limit": limit},
+            max_steps=None,
+            throw=False,
         )
+        steps = solution.stats["num_steps"]
+        return Polished(solution.value, jnp.asarray(steps, jnp.int32))
 
-        def refine(params: PyTree) -> Polished:
-            solution: Any = optimistix.least_squares(
-                lambda params, _: residuals(params),
-                solver,
-                params,
-                max_steps=self.max_steps,
-                throw=False,
-            )
-            steps = solution.stats["num_steps"]
-            return Polished(solution.value, jnp.asarray(steps, jnp.int32))
+    one = jax.tree.map(lambda x: x[0], params)
+    size = sum(x.size for x in jax.tree.leaves(one))
+    most = _JACOBIANS // (jax.eval_shape(residuals, one).size * size)
+    if jax.default_backend() == "cpu":
+        most = min(most, _TOGETHER)
+    together = next(n for n in range(max(most, 1), 0, -1) if len(limits) % n == 0)
+    return jax.lax.map(refine, (params, limits), batch_size=together)
 
-        size = jax.tree.map(lambda x: x[0].size, params)
-        num = jax.eval_shape(residuals, jax.tree.map(lambda x: x[0], params)).size
-        together = _JACOBIANS // (num * sum(jax.tree.leaves(size)))
-        if together >= len(jax.tree.leaves(params)[0]):
-            return jax.vmap(refine)(params)
-        return jax.lax.map(refine, params, batch_size=max(together, 1))
+
+@functools.cache
+def _levenberg_marquardt(dtype: Any) -> Any:
+    """The solver, with the largest number of steps as an option, which is data."""
+    import lineax
+    import optimistix
+
+    class Limited(optimistix.LevenbergMarquardt):  # type: ignore[type-arg]
+        def terminate(self, *args: Any) -> Any:
+            done, result = super().terminate(*args)
+            _, _, _, options, state, _ = args
+            return done | (state.num_steps >= options["limit"]), result
+
+    solver: Any = Limited
+    eps = float(jnp.finfo(dtype).eps)
+    # Cholesky of the damped normal equations: several times faster in a batch than the
+    # default QR, and the damping makes up for what it loses.
+    return solver(
+        rtol=eps**0.75,
+        atol=eps**0.9,
+        linear_solver=lineax.Normal(lineax.Cholesky()),
+    )
 
 
 def stops_anywhere(polish: Polish) -> bool:
