@@ -272,7 +272,7 @@ def plot(stacks: list[Stack], rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--peer-runs", type=int, default=5, help="of the others")
+    parser.add_argument("--peer-runs", type=int, default=10, help="of the others")
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
     parser.add_argument("--output", type=Path, help="rows of all runs (CSV)")
     parser.add_argument("--results", type=Path, help="such rows, instead of runs")
