@@ -15,8 +15,22 @@ from pranam_optax.fitting._evolve import begin_population, evolve
 LOW, HIGH = jnp.full(4, -5.0), jnp.full(4, 5.0)
 
 
-def sphere(x):
-    return jnp.sum((x - 1.0) ** 2)
+def landscape(ripples=0.0, needle=0.0, wall=-np.inf):
+    """A bowl, perhaps with ripples or a needle, or not a number in a part of the box.
+
+    They differ in numbers alone, so that they are compiled together.
+    """
+
+    def fun(x):
+        y = x - 1.3
+        bowl = jnp.sum(y**2 + ripples * (1 - jnp.cos(2 * jnp.pi * y)))
+        hole = needle * jnp.exp(-100 * jnp.sum((x - 4.0) ** 2))
+        return jnp.where(x[0] > wall, bowl - hole, jnp.nan)
+
+    return fun
+
+
+sphere, rastrigin = landscape(), landscape(ripples=10.0)
 
 
 def plateaus(x):
@@ -24,13 +38,9 @@ def plateaus(x):
     return jnp.sum(jnp.floor(4 * jnp.abs(x - 1.3)))
 
 
-def rastrigin(x):
-    return jnp.sum((x - 1.3) ** 2 + 10 - 10 * jnp.cos(2 * jnp.pi * (x - 1.3)))
-
-
-def solve(fun, **kwargs):
+def solve(fun, init=None, **kwargs):
     kwargs = {"num_replicas": 16, "num_steps": 200} | kwargs
-    return pranam_optax.minimize(fun, None, bounds=(LOW, HIGH), **kwargs)
+    return pranam_optax.minimize(fun, init, bounds=(LOW, HIGH), **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +113,9 @@ def test_no_budget_is_too_small():
 
 
 def test_the_users_start_is_one():
-    minimum = jnp.full(4, 4.0)  # a needle that is not found by chance
-
-    def needle(x):
-        near = jnp.sum((x - minimum) ** 2)
-        return sphere(x) - 100 * jnp.exp(-100 * near)
-
-    kwargs = {"bounds": (LOW, HIGH), "max_evaluations": 3000, "num_replicas": 16}
-    assert pranam_optax.minimize(needle, minimum + 0.02, **kwargs).value < -60
-    assert pranam_optax.minimize(needle, None, **kwargs).value > -1
+    needle = landscape(needle=100.0)  # which is not found by chance
+    assert solve(needle, jnp.full(4, 4.02), max_evaluations=3000).value < -60
+    assert solve(needle, max_evaluations=3000).value > -1
 
 
 def test_a_minimum_on_a_bound_is_reached():
@@ -128,9 +132,7 @@ def test_a_minimum_on_a_bound_is_reached():
 
 
 def test_functions_that_fail_in_a_part_of_the_box():
-    result = solve(
-        lambda x: jnp.where(x[0] > 0, rastrigin(x), jnp.nan), max_evaluations=30_000
-    )
+    result = solve(landscape(ripples=10.0, wall=0.0), max_evaluations=30_000)
     np.testing.assert_allclose(result.params, 1.3, atol=1e-3)
 
 
