@@ -89,7 +89,7 @@ def study(
     options = {
         "num_replicas": args.replicas,
         "num_steps": args.steps,
-        "polish": (second_order if args.best else levenberg_marquardt)(
+        "polish": (levenberg_marquardt if args.all else second_order)(
             args.polish_steps
         ),
     }
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--polish-steps", type=int, default=1000)
     parser.add_argument(
-        "--best", action="store_true", help="refine the best eight only"
+        "--all", action="store_true", help="refine all replicas to the end"
     )
     parser.add_argument("--starts", type=int, default=1000, help="of LM, pooled")
     parser.add_argument("--control", action="store_true", help="also without coupling")

@@ -144,6 +144,17 @@ def test_certified_parameters_and_their_deviations(name, num_steps):
     assert_close(np.sort(result.standard_errors), expected, 1e-6)
 
 
+def test_slow_replicas_are_coupled_half_as_strongly():
+    begin = 0.5 + 0.5 * (np.arange(8) + 0.5) / 8
+
+    def coupling(count):
+        return jnp.maximum(0.0, 1 - count.astype(float) / 12) * begin
+
+    explicit = fit_line(*make_line(), coupling=coupling, polish=None)
+    default = fit_line(*make_line(), polish=None)
+    assert_close(default.history, explicit.history, 1e-5)
+
+
 def test_a_robust_loss_leaves_out_an_outlier():
     x, y = make_line()
     y[3] += 50

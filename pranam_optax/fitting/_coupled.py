@@ -43,6 +43,24 @@ class Problem(NamedTuple):
     unit: jax.Array
 
 
+class Release(NamedTuple):
+    """The default coupling: linear to zero, over the first 60 % of the steps.
+
+    Attributes:
+      slowest: where that of the slowest replica begins. That of the fastest begins at
+        one, and the others are between.
+    """
+
+    slowest: float = 1.0
+
+    def schedule(self, num_replicas: int, num_steps: int) -> Partial:
+        end = max(int(0.6 * num_steps), 1)
+        if self.slowest == 1.0:
+            return Partial(_release, end=end, begin=1.0)
+        begin = self.slowest + (1 - self.slowest) * _places(num_replicas)
+        return Partial(_release, end=end, begin=jnp.asarray(begin, working_dtype()))
+
+
 class Method(NamedTuple):
     """How the replicas move: a pytree of numbers, functions included.
 
@@ -91,16 +109,16 @@ def make_method(
     num_replicas: int,
     num_steps: int,
     optimizer: optax.GradientTransformation | None,
-    coupling: Coupling | None,
+    coupling: Coupling | Release,
 ) -> Method:
     """The method of a run of so many steps for models like `params`."""
-    if callable(coupling):
+    if isinstance(coupling, Release):
+        schedule = coupling.schedule(num_replicas, num_steps)
+    elif callable(coupling):
         schedule = trace(coupling, jnp.zeros([], jnp.int32))
-    elif coupling is not None:
+    else:
         pranam(coupling=coupling)  # checks it
         schedule = Partial(_constant, value=jnp.asarray(coupling))
-    else:
-        schedule = Partial(_release, end=max(int(0.6 * num_steps), 1))
     if optimizer is None:
         optimizer = _adam(num_replicas, num_steps)
     tx = optax.with_extra_args_support(optimizer)
@@ -123,15 +141,19 @@ def _constant(count: jax.Array, value: jax.Array) -> jax.Array:
     return value
 
 
-def _release(count: jax.Array, end: jax.Array) -> jax.Array:
-    return jnp.maximum(0.0, 1 - count / end)
+def _release(count: jax.Array, end: jax.Array, begin: jax.Array) -> jax.Array:
+    return begin * jnp.maximum(0.0, 1 - count / end)
+
+
+def _places(num_replicas: int) -> np.ndarray:
+    """Between zero and one: the slowest replica is the first."""
+    return (np.arange(num_replicas) + 0.5) / num_replicas
 
 
 def _adam(num_replicas: int, num_steps: int) -> optax.GradientTransformation:
     """Adam with another rate for each replica."""
     low, high = _RATES
-    place = (np.arange(num_replicas) + 0.5) / num_replicas
-    rates = jnp.asarray(low * (high / low) ** place, working_dtype())
+    rates = jnp.asarray(low * (high / low) ** _places(num_replicas), working_dtype())
     return optax.chain(
         optax.scale_by_adam(),
         optax.stateless(lambda updates, _: scale(rates, updates)),

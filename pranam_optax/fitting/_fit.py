@@ -20,6 +20,7 @@ from pranam_optax.fitting._constraints import (
     make_constraints,
     make_exchangeable,
 )
+from pranam_optax.fitting._coupled import Release
 from pranam_optax.fitting._data import check_data
 from pranam_optax.fitting._fit_result import FitResult
 from pranam_optax.fitting._minimize import Callback, Options, make_starts, search
@@ -38,6 +39,10 @@ from pranam_optax.fitting._trace import (
     trace,
     vector_function,
 )
+
+# Fits that need slow replicas succeed more often if these are pulled less (ENSO and
+# Bennett5 of NIST). Rugged functions want all replicas coupled alike.
+_RELEASE = Release(slowest=0.5)
 
 Model = Callable[[PyTree, Any], jax.Array]
 Loss = Callable[[jax.Array], jax.Array]
@@ -106,7 +111,8 @@ def fit(
       num_replicas: as in `minimize`.
       num_steps: as in `minimize`.
       optimizer: as in `minimize`.
-      coupling: as in `minimize`.
+      coupling: as in `minimize`; the default begins at one for the fastest replica, and
+        at a half for the slowest.
       polish: as in `minimize`; the default is Levenberg-Marquardt for least squares
         (needs optimistix, in the extra `fit`) and L-BFGS with a `loss`.
       callback: as in `minimize`.
@@ -146,7 +152,7 @@ def fit(
         num_replicas,
         num_steps,
         optimizer,
-        coupling,
+        _RELEASE if coupling is None else coupling,
         polish,
         callback,
         progress,

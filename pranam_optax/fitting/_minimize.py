@@ -30,6 +30,7 @@ from pranam_optax.fitting._coupled import (
     Carry,
     Method,
     Problem,
+    Release,
     Start,
     add_axis,
     advance,
@@ -94,7 +95,7 @@ class Options(NamedTuple):
     num_replicas: int
     num_steps: int
     optimizer: optax.GradientTransformation | None
-    coupling: Coupling | None
+    coupling: Coupling | Release
     polish: Polish | None
     callback: Callback | None
     progress: bool
@@ -233,7 +234,7 @@ def minimize(
         num_replicas,
         num_steps,
         optimizer,
-        coupling,
+        Release() if coupling is None else coupling,
         polish,
         callback,
         progress,

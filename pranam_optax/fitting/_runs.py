@@ -20,6 +20,7 @@ from pranam_optax._tree import PyTree
 from pranam_optax.fitting._coordinates import Coordinates
 from pranam_optax.fitting._coupled import (
     Problem,
+    Release,
     Start,
     advance,
     begin_at,
@@ -80,7 +81,7 @@ class Settings(NamedTuple):
     num_replicas: int
     num_steps: int
     optimizer: optax.GradientTransformation | None
-    coupling: Coupling | None
+    coupling: Coupling | Release
     polish: Polish | None
 
 
