@@ -166,18 +166,22 @@ HEADER = (
 
 
 def plot(path: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """How often a single replica or start ends in the certified minimum."""
+    """How often a run of each method ends in the certified minimum."""
     import matplotlib.pyplot as plt
 
     names = sorted(rows, key=lambda name: rows[name]["per start"])
     figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
-    kinds = {"replicas": "a replica of fit", "per start": "Levenberg-Marquardt alone"}
+    kinds = {
+        "success": "fit",
+        "multi-start": "Levenberg-Marquardt, as many evaluations",
+        "per start": "one start of Levenberg-Marquardt",
+    }
     for i, (key, label) in enumerate(kinds.items()):
         heights = [100 * rows[name][key] for name in names]
-        axes.bar(np.arange(len(names)) + 0.4 * i, heights, width=0.4, label=label)
-    axes.set_xticks(np.arange(len(names)) + 0.2, names, rotation=60, ha="right")
-    axes.set(ylabel="in the certified minimum (%)")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+        axes.bar(np.arange(len(names)) + 0.27 * i, heights, width=0.27, label=label)
+    axes.set_xticks(np.arange(len(names)) + 0.27, names, rotation=60, ha="right")
+    axes.set(ylabel="runs in the certified minimum (%)")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
 
 
