@@ -366,7 +366,7 @@ def _damped(
     import optimistix
 
     assert residuals is not None
-    solver = _levenberg_marquardt(jax.tree.leaves(params)[0].dtype)
+    solver = _limited_solver(jax.tree.leaves(params)[0].dtype)
 
     def refine(row: tuple[PyTree, jax.Array]) -> Polished:
         params, limit = row
@@ -383,15 +383,15 @@ def _damped(
 
     one = jax.tree.map(lambda x: x[0], params)
     size = sum(x.size for x in jax.tree.leaves(one))
-    most = _JACOBIANS // (jax.eval_shape(residuals, one).size * size)
-    if jax.default_backend() == "cpu":
-        most = min(most, _TOGETHER)
-    together = next(n for n in range(max(most, 1), 0, -1) if len(limits) % n == 0)
+    fitting = _JACOBIANS // (jax.eval_shape(residuals, one).size * size)
+    wanted = _TOGETHER if jax.default_backend() == "cpu" else len(limits)
+    most = max(min(fitting, wanted), 1)
+    together = next(n for n in range(most, 0, -1) if len(limits) % n == 0)
     return jax.lax.map(refine, (params, limits), batch_size=together)
 
 
 @functools.cache
-def _levenberg_marquardt(dtype: Any) -> Any:
+def _limited_solver(dtype: Any) -> Any:
     """The solver, with the largest number of steps as an option, which is data."""
     import lineax
     import optimistix
