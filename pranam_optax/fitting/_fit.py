@@ -112,7 +112,7 @@ def fit(
       num_steps: as in `minimize`.
       optimizer: as in `minimize`.
       coupling: as in `minimize`; the default begins at one for the fastest replica, and
-        at a half for the slowest.
+        at a half for the slowest, unless there is an `optimizer`.
       polish: as in `minimize`; the default is Levenberg-Marquardt for least squares
         (needs optimistix, in the extra `fit`) and L-BFGS with a `loss`.
       callback: as in `minimize`.
@@ -147,12 +147,13 @@ def fit(
       >>> print(f"{result.params['a']:.3f} {result.params['rate']:.3f}")
       3.000 1.500
     """
+    release = _RELEASE if optimizer is None else Release()
     options = Options(
         key,
         num_replicas,
         num_steps,
         optimizer,
-        _RELEASE if coupling is None else coupling,
+        release if coupling is None else coupling,
         polish,
         callback,
         progress,
