@@ -45,7 +45,7 @@ FILES = {
     ),
 }
 KCAL_PER_HARTREE = 627.509474
-# In the wide box, where few runs come near it.
+# In the wide box: where all methods miss it, none of them succeeds.
 LOWEST_KNOWN = {"H2+, 3 Gaussians, wide box": 0.000297867}
 
 

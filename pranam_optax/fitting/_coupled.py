@@ -55,7 +55,7 @@ class Release(NamedTuple):
 
     def schedule(self, num_replicas: int, num_steps: int) -> Partial:
         end = max(int(0.6 * num_steps), 1)
-        if self.slowest == 1.0:
+        if self.slowest == 1.0:  # one number for all replicas
             return Partial(_release, end=end, begin=1.0)
         begin = self.slowest + (1 - self.slowest) * _places(num_replicas)
         return Partial(_release, end=end, begin=jnp.asarray(begin, working_dtype()))

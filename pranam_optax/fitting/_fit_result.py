@@ -37,7 +37,12 @@ from pranam_optax.fitting._statistics import (
     scaled_residuals,
     spread,
 )
-from pranam_optax.fitting._trace import as_partial, standard_promotion, vector_function
+from pranam_optax.fitting._trace import (
+    as_partial,
+    call,
+    standard_promotion,
+    vector_function,
+)
 
 # Correlations that a report lists, and those that `print` mentions.
 _LISTED, _STRONG = 0.1, 0.9
@@ -516,7 +521,7 @@ class FitResult:
 
     def _residual_function(self) -> tuple[Partial, jax.Array]:
         model, y = self._model(), self._data()
-        unit = spread(y if self.sigma is None else y / self.sigma)
+        unit = call(spread, y if self.sigma is None else y / self.sigma)
         residuals = scaled_residuals(
             lambda free: model(self.constraints.complete(free), self.x),
             *(y, self.sigma, unit),
