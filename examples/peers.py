@@ -109,7 +109,9 @@ def restarted_lbfgs(
         )
 
 
-def basin_hopping(counter: Counter, dim: int, seed: int) -> None:
+def basin_hopping(
+    counter: Counter, dim: int, seed: int, tolerance: float | None = None
+) -> None:
     """SciPy's, with L-BFGS-B and steps of a quarter of the box."""
     rng = np.random.default_rng(seed)
     scipy.optimize.basinhopping(
@@ -121,12 +123,15 @@ def basin_hopping(counter: Counter, dim: int, seed: int) -> None:
             "jac": True,
             "method": "L-BFGS-B",
             "bounds": [(0, 1)] * dim,
+            "tol": tolerance,
         },
         rng=rng,
     )
 
 
-def dual_annealing(counter: Counter, dim: int, seed: int) -> None:
+def dual_annealing(
+    counter: Counter, dim: int, seed: int, tolerance: float | None = None
+) -> None:
     """SciPy's, whose local searches are given the gradient."""
     scipy.optimize.dual_annealing(
         counter.value,
@@ -138,6 +143,7 @@ def dual_annealing(counter: Counter, dim: int, seed: int) -> None:
             "jac": counter.grad,
             "method": "L-BFGS-B",
             "bounds": [(0, 1)] * dim,
+            "tol": tolerance,
         },
     )
 

@@ -60,6 +60,7 @@ def in_order(tree):
     return np.array([float(tree[name]) for name in NAMES])
 
 
+@pytest.mark.slow
 def test_rows_of_curve_fit(page, curve_fit):
     result, known, fit = page["result"], page["known"], page["fit"]
     popt, pcov = curve_fit()
@@ -96,6 +97,7 @@ def test_rows_of_curve_fit(page, curve_fit):
     assert int(result.num_evaluations) > 0
 
 
+@pytest.mark.slow
 def test_rows_of_lmfit(page, lmfit_result):
     lmfit, result, fit = pytest.importorskip("lmfit"), page["result"], page["fit"]
     theirs = lmfit_result()
@@ -133,6 +135,7 @@ def test_rows_of_lmfit(page, lmfit_result):
     assert_close(tied.standard_errors["size"], error, 1e-5)
 
 
+@pytest.mark.slow
 def test_rows_of_scipy(page):
     def fun(p):
         return jnp.sum((p - 1.0) ** 2) + jnp.sum(1.0 - jnp.cos(3.0 * (p - 1.0)))

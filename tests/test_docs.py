@@ -99,6 +99,7 @@ def test_readme():
     assert example["problem"].fun(example["best"]) < 0.01
 
 
+@pytest.mark.slow
 def test_getting_started():
     try:
         with jax.numpy_rank_promotion("allow"):  # the model is a user's
@@ -213,6 +214,7 @@ def test_devices():
     assert page["values"].mean() < page.after("Several devices", 0)["values"].mean()
 
 
+@pytest.mark.slow
 def test_fitting():
     try:
         with jax.numpy_rank_promotion("allow"):  # the model is a user's
@@ -235,6 +237,7 @@ def test_fitting():
         jax.config.update("jax_enable_x64", False)  # the page sets it, as users do
 
 
+@pytest.mark.slow
 def test_odes():
     try:
         with jax.numpy_rank_promotion("allow"):

@@ -305,6 +305,7 @@ def test_models_that_are_not_of_jax(model, message):
     refused(error, pranam_optax.fit, model, X, Y, bounds=BOUNDS, error=TypeError)
 
 
+@pytest.mark.slow
 def test_models_of_one_mode_of_differentiation():
     """An adjoint method, and a loop that ends by itself."""
     t = np.linspace(0, 3, 7)

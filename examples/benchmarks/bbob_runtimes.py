@@ -33,6 +33,7 @@ TARGETS = np.logspace(2, -8, 51)
 TENTH = 15  # where the target 0.1 is
 
 excess = jax.jit(bbob.Problem.excess)
+excesses = jax.jit(jax.vmap(bbob.Problem.excess, in_axes=(None, 0)))
 excess_and_gradient = jax.jit(jax.value_and_grad(bbob.Problem.excess, argnums=1))
 
 
@@ -92,11 +93,12 @@ class Limited(Counted):
 
     def __init__(self, problem: bbob.Problem, budget: int) -> None:
         super().__init__(problem)
-        self.budget = budget
+        self.left = budget
 
     def _record(self, value: jax.Array, with_gradient: bool) -> float:
         result = super()._record(value, with_gradient)
-        if self.history[-1] <= TARGETS[-1] or len(self.history) >= self.budget:
+        self.left -= 1 + with_gradient
+        if self.history[-1] <= TARGETS[-1] or self.left <= 0:
             raise ReachedError
         return result
 
@@ -104,7 +106,10 @@ class Limited(Counted):
         return self(10 * np.asarray(u) - 5)
 
     def values(self, points: np.ndarray) -> np.ndarray:
-        return np.array([self.value(u) for u in points])
+        points = 10 * np.asarray(points) - 5
+        return np.array(
+            [self._record(v, False) for v in excesses(self.problem, points)]
+        )
 
     def value_and_grad(self, u: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = super().value_and_grad(10 * np.asarray(u) - 5)
@@ -144,6 +149,9 @@ def run_peer(name: str) -> Callable[[bbob.Problem, int, int], Run]:
         try:
             if name == "cma":
                 run_cma(counted, dim, budget, seed)
+            elif name in peers.GRADIENT_PEERS:
+                # The default would end descents before the last target.
+                peers.PEERS[name](counted, dim, seed, tolerance=1e-16)  # type: ignore
             else:
                 peers.PEERS[name](counted, dim, seed)  # type: ignore[arg-type]
         except ReachedError:
@@ -174,7 +182,9 @@ METHODS = {
     "multi-start L-BFGS": run_peer("multi-start L-BFGS"),
     "basin hopping": run_peer("basin hopping"),
     "dual annealing": run_peer("dual annealing"),
+    "Sep-CMA-ES": run_peer("Sep-CMA-ES"),
 }
+GRADIENT_FREE = ("cma", "Sep-CMA-ES")
 # Shares at 1e3 and 1e4 evaluations per dimension, from the archive of COCO.
 ARCHIVE = {
     20: {
@@ -257,7 +267,7 @@ def tables(rows: list[dict[str, str]]) -> str:
         for method in dict.fromkeys(row["method"] for row in of_dim):
             for cost in (2, dim + 1):
                 own = of_method(of_dim, method, cost)
-                if method == "cma" and cost > 2:
+                if method in GRADIENT_FREE and cost > 2:
                     continue
                 cells, first = [_shares(times_of(own), dim)], 1
                 for last in GROUPS.values():
@@ -315,7 +325,7 @@ def plot(rows: list[dict[str, str]], path: str) -> None:
                 times = times_of(own)
                 label = f"{method}, gradient = {cost}"
                 shares = [share(times, b * dim) for b in budgets]
-                if method != "cma" or cost == 2:
+                if method not in GRADIENT_FREE or cost == 2:
                     ax.plot(budgets, shares, style, label=label)
         for name, read_off in ARCHIVE.get(dim, {}).items():
             ax.plot([1e3, 1e4], read_off, "x--", linewidth=0.7, label=name)

@@ -153,12 +153,12 @@ def minimize(
     the two.
 
     With a budget (`max_evaluations`, `time_limit` or `target`) the search is made of
-    runs, and what all of them found is kept. Three kinds of runs share the cost like
-    9 : 3 : 1, in the order of the best values that they have found so far: coupled runs
-    as above, from `num_steps / 8` steps on, each twice as long as the one before, after
-    which the differences between the replicas are added to the best points; populations
-    of CMA-ES, each twice as large; and L-BFGS from the lowest of random points.
-    The same key gives the same result, unless time decides.
+    runs, and what all of them found is kept. Four kinds of runs share the cost like
+    27 : 9 : 3 : 1, in the order of the best values that they have found so far: coupled
+    runs as above, from `num_steps / 8` steps on, each twice as long as the one before,
+    after which the differences between the replicas are added to the best points;
+    populations of CMA-ES, each twice as large; sweeps of line searches along one
+    parameter after the other; and L-BFGS from the lowest of random points. The same key gives the same result, unless time decides.
 
     Without one, the whole run is one compiled program, cut into chunks for a callback
     or the progress bar.
@@ -215,6 +215,10 @@ def minimize(
     References:
       N. Hansen, `The CMA evolution strategy: A tutorial
       <https://arxiv.org/abs/1604.00772>`_, 2016.
+
+      P. Baudiš, P. Pošík, `Global line search algorithm hybridized with quadratic
+      interpolation and its extension to separable functions
+      <https://doi.org/10.1145/2739480.2754717>`_, 2015.
 
     Examples:
       >>> import jax.numpy as jnp, pranam_optax

@@ -21,6 +21,7 @@ from pranam_optax.fitting._runs import (
     first_cost,
     independent,
     join,
+    sweeps,
 )
 from pranam_optax.fitting._trace import call
 
@@ -35,11 +36,16 @@ def restart(
 ) -> MinimizeResult:
     """Runs until the budget is spent, or `watch` returns True after a chunk.
 
-    The kinds of runs share the cost like 9 : 3 : 1, in the order of the best values
+    The kinds of runs share the cost like 27 : 9 : 3 : 1, in the order of the best values
     that they have found so far. What the next run will cost counts too, so that a small
     budget goes to cheap runs.
     """
-    kinds = {"independent": independent, "evolution": evolution, "coupled": coupled}
+    kinds = {
+        "independent": independent,
+        "sweep": sweeps,
+        "evolution": evolution,
+        "coupled": coupled,
+    }
     if search.num_params > LARGEST_COVARIANCE:
         del kinds["evolution"]
     if search.settings.polish is None:

@@ -54,8 +54,8 @@ class Run(NamedTuple):
     """One restart of a search with a budget.
 
     Attributes:
-      kind: "coupled", "evolution" or "independent"; "continued" if coupled replicas
-        were joined with what other runs had found.
+      kind: "coupled", "evolution", "sweep" or "independent"; "continued" if coupled
+        replicas were joined with what other runs had found.
       num_evaluations: what it has spent.
       value: the lowest value that it has seen.
     """

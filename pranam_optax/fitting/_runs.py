@@ -41,6 +41,7 @@ from pranam_optax.fitting._polish import (
     typical_slope,
     unrefined,
 )
+from pranam_optax.fitting._sweep import STEP_COST, Line, sweep
 from pranam_optax.fitting._trace import call
 
 # Descents at a time.
@@ -207,6 +208,8 @@ def first_cost(search: Search, kind: str) -> int:
         return 0
     if kind == "evolution":
         return _first_size(search.num_params) * _CHUNK
+    if kind == "sweep":
+        return search.num_params * STEP_COST
     settings = search.settings
     return 2 * settings.num_replicas * settings.num_steps // _FIRST_PART
 
@@ -318,6 +321,47 @@ def evolution(
             hopeless = record[-1] - _HORIZON * gain > search.value
             if hopeless or not gain > 10 * eps * abs(record[-1]):
                 break
+
+
+def sweeps(search: Search, key: jax.Array, count: int) -> Generator[Chunk, None, None]:
+    """Searches along each parameter in turn, twice as many sweeps each time.
+
+    After each sweep the point descends. It ends when that gains nothing any more.
+    """
+    start_key, key = jax.random.split(key)
+    chunk = search.starts(start_key, 4 * LANES)
+    yield chunk
+    best = np.argsort(chunk.point_values, kind="stable")[0]  # NaN last
+    for sweep_key in jax.random.split(key, 2 ** min(count, 8)):
+        z, value = pick(chunk.z, best), chunk.point_values[best]
+        line = call(_begin_sweep, search.coordinates, z, value)
+        order = np.asarray(jax.random.permutation(sweep_key, search.num_params))
+        step = 0
+        while step < len(order):
+            num = min(search.rows("sweep", STEP_COST), len(order) - step)
+            began = time.monotonic()
+            padded = np.resize(order[step : step + num], min(_CHUNK, len(order)))
+            line, history, z, values = call(
+                _sweep,
+                search.problem.fun,
+                search.coordinates,
+                line,
+                jax.random.fold_in(sweep_key, step),
+                padded,
+                num,
+            )
+            search.speeds["sweep"] = num * STEP_COST / (time.monotonic() - began)
+            made = STEP_COST * (1 + np.arange(num))
+            values = np.asarray(values)
+            lowest = np.append(np.asarray(history)[:num], values)
+            chunk = Chunk(np.append(made, made[-1] + 1), lowest, z, values, False)
+            yield chunk
+            step += num
+        for chunk in _descents(search, chunk.z):
+            yield chunk
+        best = 0  # of the lanes, the one that is used
+        if not chunk.point_values[best] < value:
+            return
 
 
 class _Pool:
@@ -538,6 +582,28 @@ def _evolve(
     rows = jnp.stack([population.lowest, population.mean])
     z = _from_rows(coordinates, rows)
     return population, history, z, jax.vmap(within(fun, coordinates))(z)
+
+
+def _begin_sweep(coordinates: Coordinates, z: PyTree, value: jax.Array) -> Line:
+    row = _to_row(coordinates, z)
+    return Line(row, value.astype(row.dtype))
+
+
+def _sweep(
+    fun: Partial,
+    coordinates: Coordinates,
+    line: Line,
+    key: jax.Array,
+    order: jax.Array,
+    num: jax.Array,
+) -> tuple[Line, jax.Array, PyTree, jax.Array]:
+    """Steps, and as stacked coordinates the point where they end."""
+    low, high = (_in_scales(coordinates, side) for side in coordinates.bounds)
+    line, history = sweep(
+        lambda row: fun(_from_row(coordinates, row)), (low, high), line, key, order, num
+    )
+    z = _from_rows(coordinates, line.row[None])
+    return line, history, z, jax.vmap(within(fun, coordinates))(z)
 
 
 def _trials(
