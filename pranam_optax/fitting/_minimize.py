@@ -158,7 +158,8 @@ def minimize(
     runs as above, from `num_steps / 8` steps on, each twice as long as the one before,
     after which the differences between the replicas are added to the best points;
     populations of CMA-ES, each twice as large; sweeps of line searches along one
-    parameter after the other; and L-BFGS from the lowest of random points. The same key gives the same result, unless time decides.
+    parameter after the other; and L-BFGS from the lowest of random points. The same key
+    gives the same result, unless time decides.
 
     Without one, the whole run is one compiled program, cut into chunks for a callback
     or the progress bar.
@@ -216,9 +217,8 @@ def minimize(
       N. Hansen, `The CMA evolution strategy: A tutorial
       <https://arxiv.org/abs/1604.00772>`_, 2016.
 
-      P. Baudiš, P. Pošík, `Global line search algorithm hybridized with quadratic
-      interpolation and its extension to separable functions
-      <https://doi.org/10.1145/2739480.2754717>`_, 2015.
+      P. Baudiš, P. Pošík, Global line search algorithm hybridized with quadratic
+      interpolation and its extension to separable functions, GECCO 2015.
 
     Examples:
       >>> import jax.numpy as jnp, pranam_optax

@@ -36,9 +36,9 @@ def restart(
 ) -> MinimizeResult:
     """Runs until the budget is spent, or `watch` returns True after a chunk.
 
-    The kinds of runs share the cost like 27 : 9 : 3 : 1, in the order of the best values
-    that they have found so far. What the next run will cost counts too, so that a small
-    budget goes to cheap runs.
+    The kinds of runs share the cost like 27 : 9 : 3 : 1, in the order of the best
+    values that they have found so far. What the next run will cost counts too, so that
+    a small budget goes to cheap runs.
     """
     kinds = {
         "independent": independent,

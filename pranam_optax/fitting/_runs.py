@@ -357,7 +357,8 @@ def sweeps(search: Search, key: jax.Array, count: int) -> Generator[Chunk, None,
             chunk = Chunk(np.append(made, made[-1] + 1), lowest, z, values, False)
             yield chunk
             step += num
-        for chunk in _descents(search, chunk.z):
+        swept = chunk.z
+        for chunk in _descents(search, swept):
             yield chunk
         best = 0  # of the lanes, the one that is used
         if not chunk.point_values[best] < value:

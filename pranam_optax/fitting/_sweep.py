@@ -13,9 +13,8 @@ the lowest of these that are lower than both neighbours. The parameter moves to 
 lowest point of all.
 
 References:
-  P. Baudiš, P. Pošík, `Global line search algorithm hybridized with quadratic
-  interpolation and its extension to separable functions
-  <https://doi.org/10.1145/2739480.2754717>`_, 2015: line searches that ignore minima.
+  P. Baudiš, P. Pošík, Global line search algorithm hybridized with quadratic
+  interpolation and its extension to separable functions, GECCO 2015.
 """
 
 from collections.abc import Callable
