@@ -26,6 +26,7 @@ from pranam_optax._tree import (
     choose,
     leaf_dtype,
     mask_replicas,
+    replica_mean,
     subtract,
     times,
 )
@@ -115,6 +116,7 @@ def elastic_averaging(
       A. Jolicoeur-Martineau et al., `PopulAtion Parameter Averaging (PAPA)
       <https://arxiv.org/abs/2304.03094>`_, 2023.
     """
+    mean_alone = embedding is None
     if embedding is None:
         embedding = mlp_embedding(())
     embedding = check_embedding(embedding, "strength")
@@ -131,16 +133,22 @@ def elastic_averaging(
     def step(
         updates: PyTree, state: ElasticAveragingState, params: PyTree, strength: Any
     ) -> tuple[PyTree, ElasticAveragingState]:
-        # V = W + u; a replica that is not alive becomes rows of zeros, here at the edge
+        # V = W + u, finite where both are; a replica that is not alive becomes rows of
+        # zeros, here at the edge
         moved = jax.tree.map(jnp.add, cast(params, updates), cast(updates, params))
         gamma = each_replica(strength, "strength", updates)
-        living = alive(moved, updates) & jnp.isfinite(gamma)
+        living = alive(moved) & jnp.isfinite(gamma)
         moved = mask_replicas(living, moved)
         gamma = jnp.where(living, jnp.clip(gamma, 0.0, 1.0), 0.0)
 
         def meet(phi: PyTree) -> tuple[PyTree, PyTree]:
             # 1. phi' = phi - alpha grad l(phi), with l(phi) = 1/2 ||f(phi) - V||^2
-            phi = projection_step(embedding, phi, moved, living)
+            if mean_alone:
+                mean = replica_mean(moved, living)
+                bias = optax.tree.where(jnp.any(living), mean, phi.bias)
+                phi = phi._replace(bias=bias)
+            else:
+                phi = projection_step(embedding, phi, moved, living)
 
             # 2. u' = u - gamma (V - f(phi'))
             pull = subtract(moved, embedding.apply(phi))

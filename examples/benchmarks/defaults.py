@@ -1,6 +1,6 @@
 """`minimize` as it comes on rotated test functions, and other methods at equal cost.
 
-    python examples/benchmarks/defaults.py
+    python examples/benchmarks/defaults.py --output docs/results/defaults.csv
     python examples/benchmarks/defaults.py --quick
 
 Nothing is chosen: the default call, the same with `max_evaluations`, and the methods of
@@ -9,6 +9,8 @@ evaluation for everybody. Instances are drawn from seeds that no default was cho
 """
 
 import argparse
+import csv
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +24,11 @@ import tasks
 import pranam_optax
 from pranam_optax import problems
 
-FUNCTIONS = {f"{name} 30-D": (make, 30) for name, make in tasks.FUNCTIONS.items()}
+FUNCTIONS = {
+    f"{name} {dim}-D": (make, dim)
+    for dim in (30, 100)
+    for name, make in tasks.FUNCTIONS.items()
+}
 FUNCTIONS["Rastrigin 50-D"] = (problems.rastrigin, 50)
 PEERS = ("multi-start L-BFGS", "basin hopping", "dual annealing", "CMA-ES")
 FIRST_SEED = 5000
@@ -62,12 +68,16 @@ def run_peer(name: str) -> Callable[[Any, int, int], float]:
     return run
 
 
+COLUMNS = ["function", "method", "seed", "value", "seconds"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--functions", nargs="+", choices=FUNCTIONS, default=FUNCTIONS)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--peer-seeds", type=int, default=5)
     parser.add_argument("--budget", type=int, default=64_000)
+    parser.add_argument("--output", type=pathlib.Path, help="a CSV of all runs")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
@@ -81,6 +91,7 @@ def main() -> None:
     methods |= {name: (run_peer(name), args.peer_seeds) for name in PEERS}
     print("| function | method | median | lowest | within 1e-3 | seconds a run |")
     print("| --- | --- | --- | --- | --- | --- |")
+    rows: list[list[Any]] = []
     for name in args.functions:
         make, dim = FUNCTIONS[name]
         base = make(dim)
@@ -91,12 +102,16 @@ def main() -> None:
                 begin = time.perf_counter()
                 values.append(run(problem, args.budget, seed) - float(problem.minimum))
                 seconds.append(time.perf_counter() - begin)
+                rows.append([name, method, seed, values[-1], seconds[-1]])
             solved = sum(value < 1e-3 for value in values)
             print(
                 f"| {name} | {method} | {np.median(values):.3g} | {min(values):.3g} "
                 f"| {solved} of {num_seeds} | {np.median(seconds):.2f} |",
                 flush=True,
             )
+        if args.output:
+            with args.output.open("w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *rows])
 
 
 if __name__ == "__main__":
