@@ -10,6 +10,8 @@ import optax
 from jax.tree_util import keystr
 
 PyTree = Any
+# Rows that are multiplied with all others at a time.
+_BLOCK = 32
 
 
 def leaf_dtype(leaf: Any) -> jnp.dtype:
@@ -285,8 +287,21 @@ def inner(x: PyTree, y: PyTree) -> jax.Array:
 
 
 def gram(tree: PyTree) -> jax.Array:
-    """Inner products between the rows of a tree."""
-    return inner(tree, tree)
+    """Inner products between the rows of a tree.
+
+    With a block of rows at a time, which a product picks out: if rows are spread over
+    devices, none of them has to hold more than a block of the others'.
+    """
+    num_rows = len(jax.tree.leaves(tree)[0])
+    if num_rows <= _BLOCK:
+        return inner(tree, tree)
+
+    def products(first: jax.Array) -> jax.Array:
+        chosen = jax.nn.one_hot(first + jnp.arange(_BLOCK), num_rows, axis=0)
+        return inner(tree, combine(chosen, tree))
+
+    blocks = jax.lax.map(products, jnp.arange(0, num_rows, _BLOCK))
+    return jnp.concatenate(blocks, axis=1)[:, :num_rows]
 
 
 def combine(features: jax.Array, tree: PyTree) -> PyTree:

@@ -1,8 +1,6 @@
 """Replicas spread over devices: the same numbers, and every shard stays in place."""
 
-import math
-import re
-
+import devices
 import jax
 import jax.numpy as jnp
 import optax
@@ -28,6 +26,7 @@ def loss(params, x):
 
 
 PRANAM = pranam_optax.pranam(coupling=0.8)
+made = pranam_optax.mlp_embedding().apply
 REPARAMETRIZE = pranam_optax.reparametrize(optax.sgd(1e-2))
 PLANE = pranam_optax.mlp_embedding((2,))
 X = jnp.linspace(-1.0, 1.0, 2 * R * 3).reshape(2 * R, 3)
@@ -85,19 +84,8 @@ def test_traffic_is_the_heads_and_one_model_whatever_r():
     """A sum over replicas of K + 1 models, their mean, and a few scalars."""
 
     def collectives(num_replicas, num_devices=8):
-        """Kind and number of bytes of every collective in a compiled update."""
-        mesh = jax.make_mesh((num_devices,), ("replicas",))
-        params = shard(make_params(num_replicas), mesh)
-        state = jax.jit(PRANAM.init)(params)
-        text = jax.jit(PRANAM.update).lower(params, state, params).compile().as_text()
-        kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-        found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
-        return [(kind, sum(map(nbytes, shapes.split(", ")))) for shapes, kind in found]
-
-    def nbytes(shape):
-        dimensions = re.search(r"\[([\d,]*)\]", shape).group(1)
-        size = 1 if shape.lstrip("(").startswith("pred") else 4
-        return size * math.prod(int(n) for n in dimensions.split(",") if n)
+        params = make_params(num_replicas)
+        return devices.collectives(devices.compile_update(PRANAM, params, num_devices))
 
     found = collectives(16)
     model = 4 * (3 * 2 + 1)
@@ -106,6 +94,21 @@ def test_traffic_is_the_heads_and_one_model_whatever_r():
     assert 6 * model < total < 6 * model + 4 * 120
     assert collectives(64) == found
     assert collectives(16, num_devices=2) == found
+
+
+@pytest.mark.optimized
+def test_no_device_holds_all_replicas_while_init_fits_them():
+    """Not their weights: a block of 32, and what R codes and their products take."""
+    num_replicas = 64
+    params = shard(make_params(num_replicas), jax.make_mesh((8,), ("replicas",)))
+    state, program = PRANAM.init(params), jax.jit(PRANAM.init).lower(params).compile()
+    found = devices.collectives(program.as_text())
+    model = 4 * (3 * 2 + 1)
+    moved = {kind: size for kind, size in found if size > 5 * model}
+    assert moved["all-reduce"] < 32 * model + 40
+    assert moved["all-gather"] == 4 * num_replicas**2
+    alone = PRANAM.init(make_params(num_replicas))
+    assert_close(made(state.phi), made(alone.phi), 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
