@@ -160,8 +160,8 @@ class FitResult:
             self.bounds,
             self.covariance,
             self._noise / jnp.square(unit),
-            entries,
-            self._quantile(level),
+            entries=entries,
+            quantile=self._quantile(level),
         )
         if lower:
             warnings.warn(

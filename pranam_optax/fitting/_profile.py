@@ -33,6 +33,7 @@ def profile(
     bounds: Bounds,
     covariance: jax.Array,
     noise: jax.Array,
+    *,
     entries: np.ndarray,
     quantile: float,
 ) -> tuple[np.ndarray, bool]:
@@ -82,18 +83,8 @@ def profile(
             t = place(np.resize(u[i : i + len(which)], len(which)), some)
             guess = start + (t - center[some])[:, None] * follow[some]
             guess = np.clip(guess, low, high)
-            depths.append(
-                call(
-                    _depths,
-                    residuals,
-                    coordinates,
-                    params,
-                    noise,
-                    guess,
-                    which[some],
-                    t,
-                )
-            )
+            fixed = guess, which[some], t
+            depths.append(call(_depths, residuals, coordinates, params, noise, fixed))
         depth = np.concatenate(depths)[: len(u)].astype(np.float64)
         lowest = min(lowest, float(np.nanmin(depth)))
         return np.sqrt(np.maximum(depth, 0.0)) - quantile
@@ -127,11 +118,9 @@ def _depths(
     coordinates: Coordinates,
     params: PyTree,
     noise: jax.Array,
-    guess: jax.Array,
-    which: jax.Array,
-    held: jax.Array,
+    fixed: tuple[jax.Array, jax.Array, jax.Array],
 ) -> jax.Array:
-    """d(t) squared, for several t."""
+    """d(t) squared, for several t: a first guess, which entry is held, and where."""
     best = jnp.sum(jnp.square(residuals(params)))
     flat, unravel = ravel_pytree(params)
 
@@ -152,4 +141,4 @@ def _depths(
             fun(pick(refined.params, 0)), jnp.sum(jnp.square(residuals(there)))
         )
 
-    return (jax.vmap(one)(guess, which, held) - best) / noise
+    return (jax.vmap(one)(*fixed) - best) / noise
