@@ -94,10 +94,13 @@ SETTINGS: dict[str, Callable[[], Setting]] = {
     "conv net, 100 k, R = 16": lambda: network(ConvNet(), 16, 128),
     "MLP, 1 M, R = 16": lambda: network(MLP((900, 300)), 16, 128),
     "function, 1000-D, R = 64": lambda: function(1000, 64),
-    # Twice the replicas, twice the weights.
+    # From 1e4 to 1e7 weights in all.
+    "function, 1000-D, R = 16": lambda: function(1000, 16),
     "function, 10,000-D, R = 16": lambda: function(10_000, 16),
-    "function, 10,000-D, R = 32": lambda: function(10_000, 32),
-    "function, 20,000-D, R = 16": lambda: function(20_000, 16),
+    "function, 10,000-D, R = 128": lambda: function(10_000, 128),
+    "function, 10,000-D, R = 1000": lambda: function(10_000, 1000),
+    "function, 100,000-D, R = 16": lambda: function(100_000, 16),
+    "function, 625,000-D, R = 16": lambda: function(625_000, 16),
 }
 QUICK: dict[str, Callable[[], Setting]] = {
     "function, 100-D, R = 8": lambda: function(100, 8),
