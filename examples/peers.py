@@ -8,6 +8,7 @@ Levenberg-Marquardt. Packages that only one method needs are imported when it is
 import contextlib
 import importlib
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -185,14 +186,18 @@ def cma_es(counter: Counter, dim: int, seed: int) -> None:
 
 
 def sep_cma_es(counter: Counter, dim: int, seed: int) -> None:
-    """Sep-CMA-ES of evosax: 64 points per generation, from the centre."""
-    strategy = package("evosax.algorithms").Sep_CMA_ES(
-        population_size=64, solution=jnp.zeros(dim)
-    )
-    params = strategy.default_params.replace(std_init=0.3)
-    key = jax.random.key(seed)
-    state = strategy.init(key, jnp.full(dim, 0.5), params)
-    generations(counter, strategy, params, state, key)
+    """Sep-CMA-ES of evosax, restarted with twice the points where it stagnates."""
+    for restart in itertools.count():
+        size = (4 + int(3 * np.log(dim))) * 2**restart
+        strategy = package("evosax.algorithms").Sep_CMA_ES(
+            population_size=size, solution=jnp.zeros(dim)
+        )
+        params = strategy.default_params.replace(std_init=0.3)
+        key, start_key = jax.random.split(jax.random.key(1000 * seed + restart))
+        state = strategy.init(key, jax.random.uniform(start_key, (dim,)), params)
+        # As long as CMA-ES waits for a change of its best values.
+        patience = 10 + 30 * dim // size
+        generations(counter, strategy, params, state, key, patience)
 
 
 def particle_swarm(counter: Counter, dim: int, seed: int) -> None:
@@ -209,13 +214,25 @@ def particle_swarm(counter: Counter, dim: int, seed: int) -> None:
 
 
 def generations(
-    counter: Counter, strategy: Any, params: Any, state: Any, key: jax.Array
+    counter: Counter,
+    strategy: Any,
+    params: Any,
+    state: Any,
+    key: jax.Array,
+    patience: float = math.inf,
 ) -> None:
+    """Until the budget is spent, or the best values of so many generations agree."""
+    lowest: list[float] = []
     while True:
         key, ask_key, tell_key = jax.random.split(key, 3)
         points, state = strategy.ask(ask_key, state, params)
-        values = jnp.asarray(counter.values(points))
-        state, _ = strategy.tell(tell_key, points, values, state, params)
+        values = counter.values(points)
+        state, _ = strategy.tell(tell_key, points, jnp.asarray(values), state, params)
+        lowest.append(float(values.min()))
+        if len(lowest) > patience:
+            recent = np.array(lowest[-int(patience) :])
+            if not np.ptp(recent) > 1e-12:  # or they are not numbers
+                return
 
 
 def consensus(counter: Counter, dim: int, seed: int) -> None:

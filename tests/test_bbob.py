@@ -158,7 +158,7 @@ def test_cma_reaches_all_targets_of_the_sphere(x64):
 def test_searches_end_at_the_last_target_or_when_the_budget_is_spent(x64):
     """Methods of `peers` see the box as the unit cube."""
     problem = bbob.make(1, 2, 1)
-    limited = bbob_runtimes.Limited(problem, 3)
+    limited = bbob_runtimes.Limited(problem, 4)  # a gradient costs one more
     u = (np.asarray(problem.minimizer) + 5) / 10 + np.array([0.1, 0.0])
     value, gradient = limited.value_and_grad(u)
     np.testing.assert_allclose(value - float(problem.minimum), 1.0)
