@@ -152,7 +152,7 @@ def revive(params, grads):
 
 
 def resample(params, grads):
-    state = optax.trace(0.9).init(params)
+    state = optax.TraceState(grads)
     pull = jnp.asarray(0.9)
     return pranam_optax.resample_replicas(params, state, ladder(), pull=pull)
 
