@@ -23,15 +23,39 @@ References:
   <https://arxiv.org/abs/1604.00772>`_, 2016: the equations and their constants.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
+
+from pranam_optax._tree import PyTree
+from pranam_optax.fitting._coordinates import Coordinates
+from pranam_optax.fitting._coupled import pick, within
+from pranam_optax.fitting._search import (
+    CHUNK,
+    HORIZON,
+    Chunk,
+    Search,
+    descend_from,
+    distinct,
+    from_row,
+    from_rows,
+    in_scales,
+    join,
+    to_row,
+)
+from pranam_optax.fitting._trace import call
 
 # Standard deviation of the first generation, in scales of the coordinates.
 _SIGMA = 0.4
+# The first population is so many times the usual size: descents serve small ones.
+_FIRST_POPULATION = 6
+# Descents agree if their values differ by so many roundings.
+_CONVERGED = 100
 
 
 class Population(NamedTuple):
@@ -167,3 +191,100 @@ def _axes(covariance: jax.Array) -> tuple[jax.Array, jax.Array]:
     values, vectors = jnp.linalg.eigh((covariance + covariance.T) / 2)
     tiny = jnp.finfo(values.dtype).eps ** 2 * values[-1]
     return vectors, jnp.sqrt(jnp.maximum(values, tiny))
+
+
+# The run
+
+
+def first_size(n: int) -> int:
+    return _FIRST_POPULATION * (4 + int(3 * np.log(n)))
+
+
+def evolution(
+    search: Search, key: jax.Array, count: int
+) -> Generator[Chunk, None, None]:
+    """A population, twice as large each time.
+
+    Now and then its lowest point and its mean descend. It ends when they only lead to
+    one minimum any more: what is left to it is slow convergence.
+    """
+    n = search.num_params
+    size = first_size(n) * 2 ** min(count, 12)
+    start_key, key = jax.random.split(key)
+    chunk = search.starts(start_key, 1)
+    yield chunk
+    population = call(_first_population, key, search.coordinates, pick(chunk.z, 0))
+    eps = float(jnp.finfo(population.mean.dtype).eps)
+    patience = 2 + -(-30 * n // (size * CHUNK))
+    record: list[float] = []
+    end: Chunk | None = None
+    step = 0
+    while True:
+        num, began = search.rows("evolution", size), time.monotonic()
+        population, history, z, values = call(
+            _evolve,
+            search.problem.fun,
+            search.coordinates,
+            population,
+            jnp.zeros(size),
+            step + jnp.arange(CHUNK),
+            num,
+        )
+        values = np.asarray(values)
+        lowest = np.append(np.asarray(history)[:num], np.fmin.reduce(values))
+        search.speeds["evolution"] = num * size / (time.monotonic() - began)
+        made = np.append(size * (1 + np.arange(num)), size * num + 2)
+        yield Chunk(made, lowest, z, values, False)
+        step += num
+        before, end = end, None
+        for end in descend_from(search, z):
+            yield end
+        if before and end and _in_one_minimum(search, before, end):
+            break
+        record.append(float(population.value))
+        width = float(population.sigma * jnp.max(population.axes[1]))
+        if not width > eps**0.75:
+            break
+        if len(record) > patience:
+            gain = record[-patience - 1] - record[-1]
+            hopeless = record[-1] - HORIZON * gain > search.value
+            if hopeless or not gain > 10 * eps * abs(record[-1]):
+                break
+
+
+def _in_one_minimum(search: Search, *ends: Chunk) -> bool:
+    """Whether all of these descents have converged to the same point."""
+    z, values = join([(end.z, end.point_values) for end in ends])
+    size = float(search.slope) + abs(np.fmin.reduce(values))
+    limit = _CONVERGED * np.finfo(search.slope.dtype).eps * size
+    converged = np.fmax.reduce(values) - np.fmin.reduce(values) <= limit
+    return bool(converged) and len(distinct(z, values, 2)) == 1
+
+
+def _first_population(
+    key: jax.Array, coordinates: Coordinates, z: PyTree
+) -> Population:
+    return begin_population(key, to_row(coordinates, z))
+
+
+def _evolve(
+    fun: Partial,
+    coordinates: Coordinates,
+    population: Population,
+    empty: jax.Array,
+    generations: jax.Array,
+    num: jax.Array,
+) -> tuple[Population, jax.Array, PyTree, jax.Array]:
+    """Generations, and as stacked coordinates the lowest point and the mean."""
+    low, high = (in_scales(coordinates, side) for side in coordinates.bounds)
+    population, history = evolve(
+        lambda row: fun(from_row(coordinates, row)),
+        lambda row: jnp.clip(row, low, high),
+        population,
+        len(empty),
+        generations,
+        num,
+    )
+    rows = jnp.stack([population.lowest, population.mean])
+    z = from_rows(coordinates, rows)
+    return population, history, z, jax.vmap(within(fun, coordinates))(z)

@@ -25,7 +25,7 @@ from pranam_optax.fitting._data import check_data
 from pranam_optax.fitting._fit_result import FitResult
 from pranam_optax.fitting._minimize import Callback, Options, make_starts, search
 from pranam_optax.fitting._polish import Polish, needs_residuals, second_order
-from pranam_optax.fitting._runs import Budget
+from pranam_optax.fitting._search import Budget
 from pranam_optax.fitting._statistics import (
     scaled_residuals,
     spread,

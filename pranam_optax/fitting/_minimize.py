@@ -56,7 +56,7 @@ from pranam_optax.fitting._polish import (
 )
 from pranam_optax.fitting._restarts import restart
 from pranam_optax.fitting._result import MinimizeResult
-from pranam_optax.fitting._runs import LANES, Budget, Search, Settings
+from pranam_optax.fitting._search import LANES, Budget, Search, Settings
 from pranam_optax.fitting._trace import (
     call,
     explained,

@@ -1,7 +1,8 @@
 """A search with a budget: runs of several kinds, restarted until it is spent."""
 
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +11,29 @@ from jax.tree_util import Partial
 
 from pranam_optax._tree import PyTree
 from pranam_optax.fitting._coordinates import Coordinates
-from pranam_optax.fitting._coupled import add_axis, falls, pick, within
-from pranam_optax.fitting._result import CONTINUED, MinimizeResult, Run
-from pranam_optax.fitting._runs import (
-    LARGEST_COVARIANCE,
-    Search,
-    continues,
-    coupled,
-    evolution,
-    first_cost,
-    independent,
-    join,
-    sweeps,
+from pranam_optax.fitting._coupled import (
+    add_axis,
+    advance,
+    begin_at,
+    falls,
+    make_method,
+    pick,
+    spread_out,
+    within,
 )
+from pranam_optax.fitting._evolve import evolution, first_size
+from pranam_optax.fitting._recombine import Pool, recombine
+from pranam_optax.fitting._result import CONTINUED, MinimizeResult, Run
+from pranam_optax.fitting._search import CHUNK, LANES, Chunk, Search, descend_from, join
+from pranam_optax.fitting._sweep import STEP_COST, sweeps
 from pranam_optax.fitting._trace import call
 
 # A kind of run gets so many times the budget of the next kind by the best value found.
 _FAVOUR = 3
+# Beyond so many parameters a covariance is too large to learn.
+_LARGEST_COVARIANCE = 256
+# The first coupled run has this part of `num_steps`; each has twice those before.
+_FIRST_PART = 8
 # What is beside a bound, in scales.
 _BESIDE = 1e-3
 
@@ -46,7 +53,7 @@ def restart(
         "evolution": evolution,
         "coupled": coupled,
     }
-    if search.num_params > LARGEST_COVARIANCE:
+    if search.num_params > _LARGEST_COVARIANCE:
         del kinds["evolution"]
     if search.settings.polish is None:
         del kinds["independent"]
@@ -82,6 +89,75 @@ def restart(
             Run(CONTINUED if joined else kind, made, float(value) * search.unit)
         )
     return _gather(search, tuple(runs), ended)
+
+
+def first_cost(search: Search, kind: str) -> int:
+    """What the first run of a kind costs, about."""
+    if kind == "independent":
+        return 0
+    if kind == "evolution":
+        return first_size(search.num_params) * CHUNK
+    if kind == "sweep":
+        return search.num_params * STEP_COST
+    settings = search.settings
+    return 2 * settings.num_replicas * settings.num_steps // _FIRST_PART
+
+
+def independent(
+    search: Search, key: jax.Array, count: int
+) -> Generator[Chunk, None, None]:
+    """Descents from the lowest of random points."""
+    if count == 0:
+        yield from descend_from(search, search.first)
+        return
+    for start_key in jax.random.split(key, 2 ** min(count, 8)):
+        chunk = search.starts(start_key, 4 * LANES)
+        yield chunk
+        lowest = np.argsort(chunk.point_values, kind="stable")  # NaN last
+        yield from descend_from(search, pick(chunk.z, lowest[:LANES]))
+
+
+def continues(count: int) -> bool:
+    """Whether a coupled run joins its replicas with what other runs have found."""
+    return count % 2 == 1
+
+
+def coupled(search: Search, key: jax.Array, count: int) -> Generator[Chunk, None, None]:
+    """Coupled replicas, twice as many steps each time, and descents from the best."""
+    settings = search.settings
+    num_replicas = settings.num_replicas
+    total = max(settings.num_steps * 2**count // _FIRST_PART, 1)
+    start_key, key = jax.random.split(key)
+    chunk = search.starts(start_key, num_replicas)
+    yield chunk
+    usable = np.flatnonzero(np.isfinite(chunk.point_values))
+    usable = usable if len(usable) else np.array([0])
+    z = pick(chunk.z, usable[np.arange(num_replicas) % len(usable)])
+    z = spread_out(search.problem, z)
+    params = search.coordinates.bounds.low
+    method = make_method(
+        params, key, num_replicas, total, settings.optimizer, settings.coupling
+    )
+    carry = call(begin_at, method, search.coordinates, z)
+    empty = jnp.zeros((CHUNK, num_replicas), carry.best_values.dtype)
+    step = 0
+    while step < total:
+        num = min(search.rows("coupled", num_replicas), total - step)
+        began = time.monotonic()
+        carry, history = call(
+            advance, search.problem.fun, method, search.coordinates, carry, empty, num
+        )
+        lowest = np.fmin.reduce(np.asarray(history)[:num], axis=1)
+        search.speeds["coupled"] = num * num_replicas / (time.monotonic() - began)
+        evaluations = num_replicas * (1 + np.arange(num))
+        yield Chunk(evaluations, lowest, carry.best_z, np.asarray(carry.best_values))
+        step += num
+    pool = Pool(carry.best_z, np.asarray(carry.best_values))
+    if continues(count) and search.found:
+        pool.add(*join(search.found))
+    if settings.polish is not None:
+        yield from recombine(search, pool, jax.random.fold_in(key, 1), total)
+    yield from descend_from(search, pick(pool.z, pool.distinct(LANES)))
 
 
 def _gather(search: Search, runs: tuple[Run, ...], ended: str) -> MinimizeResult:

@@ -17,12 +17,30 @@ References:
   interpolation and its extension to separable functions, GECCO 2015.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
+
+from pranam_optax._tree import PyTree
+from pranam_optax.fitting._coordinates import Coordinates
+from pranam_optax.fitting._coupled import pick, within
+from pranam_optax.fitting._search import (
+    CHUNK,
+    LANES,
+    Chunk,
+    Search,
+    descend_from,
+    from_row,
+    from_rows,
+    in_scales,
+    to_row,
+)
+from pranam_optax.fitting._trace import call
 
 # Points over the range, the minima among them that are looked at closely, and points
 # for each of these.
@@ -101,3 +119,70 @@ def _range(x: jax.Array, low: jax.Array, high: jax.Array) -> tuple[jax.Array, ..
 
 def _finite(values: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(values), jnp.inf, values)
+
+
+# The run
+
+
+def sweeps(search: Search, key: jax.Array, count: int) -> Generator[Chunk, None, None]:
+    """Searches along each parameter in turn, twice as many sweeps each time.
+
+    After each sweep the point descends. It ends when that gains nothing any more.
+    """
+    start_key, key = jax.random.split(key)
+    chunk = search.starts(start_key, 4 * LANES)
+    yield chunk
+    best = np.argsort(chunk.point_values, kind="stable")[0]  # NaN last
+    for sweep_key in jax.random.split(key, 2 ** min(count, 8)):
+        z, value = pick(chunk.z, best), chunk.point_values[best]
+        line = call(_begin_sweep, search.coordinates, z, value)
+        order = np.asarray(jax.random.permutation(sweep_key, search.num_params))
+        step = 0
+        while step < len(order):
+            num = min(search.rows("sweep", STEP_COST), len(order) - step)
+            began = time.monotonic()
+            padded = np.resize(order[step : step + num], min(CHUNK, len(order)))
+            line, history, z, values = call(
+                _sweep,
+                search.problem.fun,
+                search.coordinates,
+                line,
+                jax.random.fold_in(sweep_key, step),
+                padded,
+                num,
+            )
+            search.speeds["sweep"] = num * STEP_COST / (time.monotonic() - began)
+            made = STEP_COST * (1 + np.arange(num))
+            values = np.asarray(values)
+            lowest = np.append(np.asarray(history)[:num], values)
+            chunk = Chunk(np.append(made, made[-1] + 1), lowest, z, values, False)
+            yield chunk
+            step += num
+        swept = chunk.z
+        for chunk in descend_from(search, swept):
+            yield chunk
+        best = 0  # of the lanes, the one that is used
+        if not chunk.point_values[best] < value:
+            return
+
+
+def _begin_sweep(coordinates: Coordinates, z: PyTree, value: jax.Array) -> Line:
+    row = to_row(coordinates, z)
+    return Line(row, value.astype(row.dtype))
+
+
+def _sweep(
+    fun: Partial,
+    coordinates: Coordinates,
+    line: Line,
+    key: jax.Array,
+    order: jax.Array,
+    num: jax.Array,
+) -> tuple[Line, jax.Array, PyTree, jax.Array]:
+    """Steps, and as stacked coordinates the point where they end."""
+    low, high = (in_scales(coordinates, side) for side in coordinates.bounds)
+    line, history = sweep(
+        lambda row: fun(from_row(coordinates, row)), (low, high), line, key, order, num
+    )
+    z = from_rows(coordinates, line.row[None])
+    return line, history, z, jax.vmap(within(fun, coordinates))(z)
