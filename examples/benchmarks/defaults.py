@@ -68,50 +68,78 @@ def run_peer(name: str) -> Callable[[Any, int, int], float]:
     return run
 
 
-COLUMNS = ["function", "method", "seed", "value", "seconds"]
+Row = dict[str, str]
+METHODS: dict[str, Callable[[Any, int, int], float]] = {
+    "default call": run_default,
+    "max_evaluations": run_budget,
+} | {name: run_peer(name) for name in PEERS}
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """A row for each run: its value above the minimum and its seconds."""
+    rows = []
+    for name in args.functions:
+        make, dim = FUNCTIONS[name]
+        base = make(dim)
+        for method, run in METHODS.items():
+            num_seeds = args.peer_seeds if method in PEERS else args.seeds
+            for seed in range(FIRST_SEED, FIRST_SEED + num_seeds):
+                problem = problems.randomize(base, jax.random.key(seed), rotated=True)
+                begin = time.perf_counter()
+                value = run(problem, args.budget, seed) - float(problem.minimum)
+                seconds = f"{time.perf_counter() - begin:.3f}"
+                columns = "function", "method", "seed", "value", "seconds"
+                entries = name, method, str(seed), f"{value:.4g}", seconds
+                rows.append(dict(zip(columns, entries, strict=True)))
+        print(name, flush=True)
+    return rows
+
+
+def table(rows: list[Row], column: str) -> str:
+    """Medians of all methods on each function, the lowest in bold."""
+    lines = [
+        f"\n| {column} | {' | '.join(METHODS)} |",
+        "| --- " * (1 + len(METHODS)) + "|",
+    ]
+    for name in dict.fromkeys(row["function"] for row in rows):
+        of_name = [row for row in rows if row["function"] == name]
+        medians = [
+            np.median([float(r[column]) for r in of_name if r["method"] == method])
+            for method in METHODS
+        ]
+        cells = [f"{x:.3g}" for x in medians]
+        best = int(np.argmin(medians))
+        cells[best] = f"**{cells[best]}**"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--functions", nargs="+", choices=FUNCTIONS, default=FUNCTIONS)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--peer-seeds", type=int, default=5)
+    parser.add_argument("--peer-seeds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=64_000)
     parser.add_argument("--output", type=pathlib.Path, help="a CSV of all runs")
+    parser.add_argument(
+        "--results", type=pathlib.Path, nargs="+", help="tables of these"
+    )
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
         args.functions, args.seeds, args.peer_seeds = ["Ackley 30-D"], 1, 1
         args.budget = 300
-
-    methods: dict[str, tuple[Callable[[Any, int, int], float], int]] = {
-        "default call": (run_default, args.seeds),
-        "default, max_evaluations": (run_budget, args.seeds),
-    }
-    methods |= {name: (run_peer(name), args.peer_seeds) for name in PEERS}
-    print("| function | method | median | lowest | within 1e-3 | seconds a run |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    rows: list[list[Any]] = []
-    for name in args.functions:
-        make, dim = FUNCTIONS[name]
-        base = make(dim)
-        for method, (run, num_seeds) in methods.items():
-            values, seconds = [], []
-            for seed in range(FIRST_SEED, FIRST_SEED + num_seeds):
-                problem = problems.randomize(base, jax.random.key(seed), rotated=True)
-                begin = time.perf_counter()
-                values.append(run(problem, args.budget, seed) - float(problem.minimum))
-                seconds.append(time.perf_counter() - begin)
-                rows.append([name, method, seed, values[-1], seconds[-1]])
-            solved = sum(value < 1e-3 for value in values)
-            print(
-                f"| {name} | {method} | {np.median(values):.3g} | {min(values):.3g} "
-                f"| {solved} of {num_seeds} | {np.median(seconds):.2f} |",
-                flush=True,
-            )
-        if args.output:
-            with args.output.open("w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *rows])
+    rows: list[Row] = []
+    for path in args.results or ():
+        with path.open(newline="") as file:
+            rows += csv.DictReader(file)
+    rows = rows or measure(args)
+    if args.output:
+        with args.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    print(table(rows, "value"), table(rows, "seconds"), sep="\n")
 
 
 if __name__ == "__main__":
