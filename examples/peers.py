@@ -6,6 +6,7 @@ Levenberg-Marquardt. Packages that only one method needs are imported when it is
 """
 
 import contextlib
+import functools
 import importlib
 import itertools
 import math
@@ -185,13 +186,18 @@ def cma_es(counter: Counter, dim: int, seed: int) -> None:
         )
 
 
+@functools.cache  # since each strategy compiles programs of its own
+def sep_cma_strategy(size: int, dim: int) -> Any:
+    return package("evosax.algorithms").Sep_CMA_ES(
+        population_size=size, solution=jnp.zeros(dim)
+    )
+
+
 def sep_cma_es(counter: Counter, dim: int, seed: int) -> None:
     """Sep-CMA-ES of evosax, restarted with twice the points where it stagnates."""
     for restart in itertools.count():
         size = (4 + int(3 * np.log(dim))) * 2**restart
-        strategy = package("evosax.algorithms").Sep_CMA_ES(
-            population_size=size, solution=jnp.zeros(dim)
-        )
+        strategy = sep_cma_strategy(size, dim)
         params = strategy.default_params.replace(std_init=0.3)
         key, start_key = jax.random.split(jax.random.key(1000 * seed + restart))
         state = strategy.init(key, jax.random.uniform(start_key, (dim,)), params)
