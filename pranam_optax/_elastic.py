@@ -143,7 +143,7 @@ def elastic_averaging(
 
         def meet(phi: PyTree) -> tuple[PyTree, PyTree]:
             # 1. phi' = phi - alpha grad l(phi), with l(phi) = 1/2 ||f(phi) - V||^2
-            if mean_alone:
+            if mean_alone:  # at which that step ends
                 mean = replica_mean(moved, living)
                 bias = optax.tree.where(jnp.any(living), mean, phi.bias)
                 phi = phi._replace(bias=bias)

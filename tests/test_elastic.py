@@ -91,6 +91,18 @@ def test_any_embedding_takes_the_projection_step_of_pranam():
     assert_close(as_matrix(found), as_matrix(updates) - 0.3 * pull, 1e-4, 1e-5)
 
 
+def test_the_mean_alone_is_where_its_projection_step_ends():
+    """The default takes the mean; the same embedding by name takes the step."""
+    params, updates = make_both()
+    params = spoil(params, 2, jnp.nan)
+    results = []
+    for embedding in (None, pranam_optax.mlp_embedding(())):
+        tx = pranam_optax.elastic_averaging(0.3, embedding)
+        moved, state = tx.update(updates, tx.init(params), params)
+        results.append((moved, state.phi.bias))
+    assert_close(results[0], results[1], 1e-6, 1e-6)
+
+
 def test_strength_zero_changes_no_bit():
     params, updates = make_both()
     updates["b"] = updates["b"].at[0].set(-0.0)

@@ -104,9 +104,10 @@ def test_no_device_holds_all_replicas_while_init_fits_them():
     state, program = PRANAM.init(params), jax.jit(PRANAM.init).lower(params).compile()
     found = devices.collectives(program.as_text())
     model = 4 * (3 * 2 + 1)
-    moved = {kind: size for kind, size in found if size > 5 * model}
-    assert moved["all-reduce"] < 32 * model + 40
-    assert moved["all-gather"] == 4 * num_replicas**2
+    sums = [size for kind, size in found if kind == "all-reduce"]
+    gathered = [size for kind, size in found if kind == "all-gather"]
+    assert max(sums) < 32 * model + 40
+    assert max(gathered) == 4 * num_replicas**2
     alone = PRANAM.init(make_params(num_replicas))
     assert_close(made(state.phi), made(alone.phi), 1e-5, 1e-5)
 

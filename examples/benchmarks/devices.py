@@ -19,12 +19,12 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from speed import MLP
 
 import pranam_optax
 
@@ -73,15 +73,6 @@ def measure(sizes: tuple[int, ...], num_replicas: int, num_devices: int) -> Traf
     return Traffic(sum(nbytes for _, nbytes in found), len(found))
 
 
-class MLP(nn.Module):
-    """984,110 weights."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(nn.Dense(300)(nn.relu(nn.Dense(900)(x))))
-        return nn.Dense(10)(x)
-
-
 def of_a_device(tree: Any) -> int:
     """Bytes that the first device of this process holds."""
     device = jax.local_devices()[0]
@@ -91,7 +82,7 @@ def of_a_device(tree: Any) -> int:
 
 def train(num_replicas: int, num_steps: int) -> None:
     """Steps of mini-batches with replicas spread over all devices."""
-    model, batch = MLP(), 16
+    model, batch = MLP((900, 300)), 16
     mesh = jax.make_mesh((jax.device_count(),), ("replicas",))
     spread, everywhere = (
         NamedSharding(mesh, PartitionSpec(*names)) for names in (("replicas",), ())

@@ -34,16 +34,16 @@ from jax.tree_util import Partial
 
 from pranam_optax._tree import PyTree
 from pranam_optax.fitting._coordinates import Coordinates
-from pranam_optax.fitting._coupled import pick, within
+from pranam_optax.fitting._coupled import pick
 from pranam_optax.fitting._search import (
     CHUNK,
     HORIZON,
     Chunk,
     Search,
+    at_rows,
     descend_from,
     distinct,
     from_row,
-    from_rows,
     in_scales,
     join,
     to_row,
@@ -286,5 +286,4 @@ def _evolve(
         num,
     )
     rows = jnp.stack([population.lowest, population.mean])
-    z = from_rows(coordinates, rows)
-    return population, history, z, jax.vmap(within(fun, coordinates))(z)
+    return population, history, *at_rows(fun, coordinates, rows)

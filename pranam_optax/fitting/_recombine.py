@@ -9,15 +9,15 @@ from jax.tree_util import Partial
 
 from pranam_optax._tree import PyTree
 from pranam_optax.fitting._coordinates import Coordinates
-from pranam_optax.fitting._coupled import pick, within
+from pranam_optax.fitting._coupled import pick
 from pranam_optax.fitting._search import (
     COPIES,
     LANES,
     Chunk,
     Search,
+    at_rows,
     descend_from,
     distinct,
-    from_rows,
     join,
     to_row,
 )
@@ -109,8 +109,7 @@ def _trials(
     even = jnp.arange(len(flat))[:, None] % 2 == 0
     difference = jnp.where(even, whole, jnp.where(mask, apart, 0.0))
     trials = base + difference
-    z = from_rows(coordinates, trials)
-    values = jax.vmap(within(fun, coordinates))(z)
+    z, values = at_rows(fun, coordinates, trials)
     nearest = jax.lax.map(
         lambda row: jnp.min(jnp.max(jnp.abs(row[None] - flat), axis=1)), trials
     )

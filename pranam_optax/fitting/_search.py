@@ -305,8 +305,9 @@ def from_row(coordinates: Coordinates, row: jax.Array) -> PyTree:
     )
 
 
-def from_rows(coordinates: Coordinates, rows: jax.Array) -> PyTree:
-    """Stacked coordinates."""
-    return jax.vmap(lambda row: coordinates.from_params(from_row(coordinates, row)))(
-        rows
-    )
+def at_rows(
+    fun: Partial, coordinates: Coordinates, rows: jax.Array
+) -> tuple[PyTree, jax.Array]:
+    """Rows as stacked coordinates, and the values there."""
+    z = jax.vmap(lambda row: coordinates.from_params(from_row(coordinates, row)))(rows)
+    return z, jax.vmap(within(fun, coordinates))(z)

@@ -28,15 +28,15 @@ from jax.tree_util import Partial
 
 from pranam_optax._tree import PyTree
 from pranam_optax.fitting._coordinates import Coordinates
-from pranam_optax.fitting._coupled import pick, within
+from pranam_optax.fitting._coupled import pick
 from pranam_optax.fitting._search import (
     CHUNK,
     LANES,
     Chunk,
     Search,
+    at_rows,
     descend_from,
     from_row,
-    from_rows,
     in_scales,
     to_row,
 )
@@ -184,5 +184,4 @@ def _sweep(
     line, history = sweep(
         lambda row: fun(from_row(coordinates, row)), (low, high), line, key, order, num
     )
-    z = from_rows(coordinates, line.row[None])
-    return line, history, z, jax.vmap(within(fun, coordinates))(z)
+    return line, history, *at_rows(fun, coordinates, line.row[None])
